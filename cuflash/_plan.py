@@ -1,0 +1,320 @@
+"""Every heuristic and tile size: (problem, device) → plan. Pure Python; nothing here needs CuPy or a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from cuflash import _params
+from cuflash._problem import MAX_HEAD_DIM, Problem
+
+KIB = 1024
+# Shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
+_SMEM_LIMIT = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB}
+_SMALL_SMEM_LIMIT = 99 * KIB  # 8.6, 8.9, 12.x
+# Beyond this many accumulators a thread of the backward spills (sm_80 and sm_90, NVRTC 13.5, 2026-11).
+_MAX_BACKWARD_ACCUMULATORS = 192
+_HEAD_DIM_STEP = 32
+VEC_BYTES = (16, 4, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a plan depends on of a GPU."""
+
+    capability: int  # 10 * major + minor
+    num_sms: int
+    l2_bytes: int
+
+    @property
+    def arch(self) -> str:
+        """NVRTC's name for it, as sm_80."""
+        return f"sm_{self.capability}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One compiled configuration: a source file, its -D constants and what a launch of it needs."""
+
+    source: str  # file in kernels_cu
+    entry: str
+    arch: str
+    constants: tuple[tuple[str, int], ...]
+    threads: int
+    smem_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What of a problem selects its kernels."""
+
+    dtype: str
+    head_dim: int  # padded
+    head_dim_v: int  # padded
+    vec_bytes: int  # widest access that every array's alignment allows
+    pack_group: bool
+    softcap: bool
+    scale_first: bool
+    few_rows: bool
+
+    @classmethod
+    def of(cls, problem: Problem, alignment: int) -> Traits:
+        """`alignment`: of every row of every array, in bytes."""
+        return cls(
+            dtype=problem.dtype.name,
+            head_dim=padded(problem.head_dim),
+            head_dim_v=padded(problem.head_dim_v),
+            vec_bytes=vec_bytes(alignment),
+            pack_group=problem.group > 1,
+            softcap=problem.softcap > 0,
+            scale_first=problem.scale <= 0 and not problem.softcap,
+            few_rows=problem.seqlen_q * problem.group <= _FEW_ROWS.block_q,
+        )
+
+    def constants(self) -> dict[str, int]:
+        """The -D constants that every kernel reads."""
+        return {
+            "BFLOAT16": int(self.dtype == "bfloat16"),
+            "HEAD_DIM": self.head_dim,
+            "HEAD_DIM_V": self.head_dim_v,
+            "VEC_BYTES": self.vec_bytes,
+            "PACK_GROUP": int(self.pack_group),
+            "SOFTCAP": int(self.softcap),
+            "SCALE_FIRST": int(self.scale_first),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """One kernel; one block per (query tile, key head, batch entry)."""
+
+    kernel: Kernel
+    block_q: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardPlan:
+    """Three kernels in a row: prep and post per query tile, main per key tile."""
+
+    prep: Kernel
+    main: Kernel
+    post: Kernel
+    block_q: int
+    block_kv: int
+
+
+@lru_cache(maxsize=1024)
+def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
+    """The first tiles of the preferred ones that fit the GPU's shared memory."""
+    arch = _arch(capability)
+    tiles = next(
+        tiles
+        for tiles in ((_FEW_ROWS,) if traits.few_rows else _FORWARD_TILES)
+        if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
+    )
+    smem_bytes = tiles.smem_bytes(traits)
+    constants = {
+        **traits.constants(),
+        "BLOCK_Q": tiles.block_q,
+        "BLOCK_KV": tiles.block_kv,
+        "WARPS": tiles.warps,
+        "SMEM_BYTES": smem_bytes,
+        "PARAMS_BYTES": _params.FORWARD_BYTES,
+    }
+    kernel = _kernel("flash_fwd_sm80.cu", "flash_fwd", arch, constants, tiles.warps, smem_bytes)
+    return ForwardPlan(kernel, tiles.block_q)
+
+
+@lru_cache(maxsize=1024)
+def backward_plan(traits: Traits, capability: int, deterministic: bool) -> BackwardPlan:
+    """As `forward_plan`; the tiles must also leave the accumulators in registers."""
+    arch = _arch(capability)
+    tiles = next(
+        tiles
+        for tiles in _BACKWARD_TILES
+        if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
+    )
+    shared = {
+        "BFLOAT16": int(traits.dtype == "bfloat16"),
+        "HEAD_DIM": traits.head_dim,
+        "HEAD_DIM_V": traits.head_dim_v,
+        "PACK_GROUP": int(traits.pack_group),
+        "BLOCK_Q": tiles.block_q,
+        "WARPS": tiles.warps,
+        "QUERY_WARPS": tiles.query_warps(traits.head_dim),
+        "PARAMS_BYTES": _params.BACKWARD_BYTES,
+    }
+    smem_bytes = tiles.smem_bytes(traits)
+    main = {
+        **traits.constants(),
+        **shared,
+        "BLOCK_KV": tiles.block_kv,
+        "STAGES": tiles.stages,
+        "SCORE_WARPS": tiles.score_warps,
+        "KEY_WARPS": tiles.key_warps,
+        "DETERMINISTIC": int(deterministic),
+        "SMEM_BYTES": smem_bytes,
+    }
+    dq_bytes = 2 * tiles.block_q * traits.head_dim
+    post = {**shared, "VEC_BYTES": traits.vec_bytes, "SMEM_BYTES": dq_bytes}
+    return BackwardPlan(
+        prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, tiles.warps, 0),
+        main=_kernel("flash_bwd_sm80.cu", "flash_bwd", arch, main, tiles.warps, smem_bytes),
+        post=_kernel("flash_bwd_post.cu", "flash_bwd_post", arch, post, tiles.warps, dq_bytes),
+        block_q=tiles.block_q,
+        block_kv=tiles.block_kv,
+    )
+
+
+def heads_per_section(problem: Problem, device: Device) -> int:
+    """(batch, key head) pairs whose keys and values together fill half of the L2 cache."""
+    bytes_per_head = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
+    heads = problem.batch * problem.heads_k
+    return max(1, min(heads, device.l2_bytes // 2 // max(1, bytes_per_head)))
+
+
+def backend_of(capability: int) -> str:
+    """The backend that serves a GPU of this compute capability (10 * major + minor)."""
+    if capability < 80:
+        raise NotImplementedError(
+            f"the GPU has compute capability {capability / 10}; "
+            "expected 8.0 (Ampere) or newer; the cpu backend (NumPy arrays) needs no GPU"
+        )
+    return "sm80"
+
+
+def kernels_for(
+    arch: str,
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    *,
+    group: int = 1,
+    softcap: bool = False,
+    backward: bool = True,
+    deterministic: bool = True,
+) -> list[Kernel]:
+    """Every kernel that calls of these sizes launch, whatever their lengths, on contiguous arrays."""
+    capability = int(arch.removeprefix("sm_").rstrip("a"))
+    kernels = []
+    for few_rows in (False, True):
+        traits = Traits(
+            dtype=dtype,
+            head_dim=padded(head_dim),
+            head_dim_v=padded(head_dim_v),
+            vec_bytes=vec_bytes((2 * head_dim | 2 * head_dim_v | 16) & 30),
+            pack_group=group > 1,
+            softcap=softcap,
+            scale_first=False,
+            few_rows=few_rows,
+        )
+        kernels.append(forward_plan(traits, capability).kernel)
+    if backward:
+        plan = backward_plan(traits, capability, deterministic)
+        kernels += [plan.prep, plan.main, plan.post]
+    return kernels
+
+
+def every_traits() -> Iterator[Traits]:
+    """All that `Traits.of` can give."""
+    dims = range(_HEAD_DIM_STEP, MAX_HEAD_DIM + 1, _HEAD_DIM_STEP)
+    for few_rows in (False, True):
+        for scores in ((False, False), (True, False), (False, True)):
+            for pack_group in (False, True):
+                for vec in VEC_BYTES:
+                    for dtype in ("bfloat16", "float16"):
+                        for head_dim in dims:
+                            for head_dim_v in dims:
+                                yield Traits(
+                                    dtype, head_dim, head_dim_v, vec, pack_group, *scores, few_rows
+                                )
+
+
+def padded(head_dim: int) -> int:
+    """The head size that the kernels compute with: the columns beyond the true one are zeros."""
+    return -(-head_dim // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
+
+
+def vec_bytes(alignment: int) -> int:
+    """The widest access that the alignment (a number of bytes, any multiple) allows."""
+    return next(width for width in VEC_BYTES if alignment % width == 0)
+
+
+def smem_limit(capability: int) -> int:
+    """Bytes of shared memory that one block may have."""
+    return _SMEM_LIMIT.get(capability, _SMALL_SMEM_LIMIT)
+
+
+@dataclass(frozen=True, slots=True)
+class _ForwardTiles:
+    block_q: int
+    block_kv: int
+    warps: int
+    max_head_dim: int
+
+    def serves(self, traits: Traits) -> bool:
+        return max(traits.head_dim, traits.head_dim_v) <= self.max_head_dim
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """q, k and v, as flash_fwd_sm80.cu lays them out; the output takes q's place."""
+        both = traits.head_dim + traits.head_dim_v
+        operands = 2 * (self.block_q * traits.head_dim + self.block_kv * both)
+        return max(operands, 2 * self.block_q * traits.head_dim_v)
+
+
+@dataclass(frozen=True, slots=True)
+class _BackwardTiles:
+    block_q: int
+    block_kv: int
+    warps: int
+    stages: int
+    score_warps: int  # that divide the rows of s, the keys of dk and dv, the rows of dq
+    key_warps: int
+
+    def query_warps(self, head_dim: int) -> int:
+        """Few enough that every warp has a multiple of 16 columns of dq, and at least 16 rows."""
+        columns_for_all = head_dim % (16 * self.warps // 2) == 0
+        return 2 if columns_for_all else 4
+
+    def serves(self, traits: Traits) -> bool:
+        threads = 32 * self.warps
+        both = traits.head_dim + traits.head_dim_v
+        accumulators = self.block_kv * (both + 2 * self.block_q) // threads
+        query_rows = 16 * self.query_warps(traits.head_dim)
+        return accumulators <= _MAX_BACKWARD_ACCUMULATORS and query_rows <= self.block_q
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """k, v, the stages of q, dout and their statistics, p and ds, as flash_bwd_sm80.cu does."""
+        both = traits.head_dim + traits.head_dim_v
+        stages = self.stages * self.block_q * (both + 4)
+        return 2 * (self.block_kv * both + stages + 2 * self.block_q * self.block_kv)
+
+
+# In order of preference. Two 16-row tiles per warp (128 rows, 4 warps) read a key fragment once for both;
+# above a head size of 128 the output needs the registers of eight warps.
+_FORWARD_TILES = (
+    _ForwardTiles(block_q=128, block_kv=64, warps=4, max_head_dim=128),
+    _ForwardTiles(block_q=128, block_kv=64, warps=8, max_head_dim=256),
+    _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256),
+)
+_FEW_ROWS = _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256)
+_BACKWARD_TILES = (
+    _BackwardTiles(64, 128, warps=8, stages=2, score_warps=2, key_warps=4),
+    _BackwardTiles(64, 128, warps=8, stages=1, score_warps=2, key_warps=4),
+    _BackwardTiles(64, 64, warps=8, stages=2, score_warps=2, key_warps=4),
+    _BackwardTiles(64, 64, warps=8, stages=1, score_warps=2, key_warps=4),
+    _BackwardTiles(32, 64, warps=8, stages=1, score_warps=2, key_warps=4),
+    _BackwardTiles(32, 32, warps=4, stages=1, score_warps=2, key_warps=2),
+)
+
+
+def _arch(capability: int) -> str:
+    backend_of(capability)
+    return f"sm_{capability}"
+
+
+def _kernel(
+    source: str, entry: str, arch: str, constants: dict[str, int], warps: int, smem_bytes: int
+) -> Kernel:
+    return Kernel(source, entry, arch, tuple(sorted(constants.items())), 32 * warps, smem_bytes)

@@ -1,0 +1,457 @@
+"""Arrays and options in, one frozen Problem out: every check and every message is here."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from cuflash._overlap import overlap, overlaps_itself
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+DTYPES = {"cpu": (FLOAT16, BFLOAT16, FLOAT32, FLOAT64), "cuda": (FLOAT16, BFLOAT16)}
+MAX_HEAD_DIM = 256
+MAX_OFFSET = 2**60  # offset + position + window stays inside 64 bits
+
+_BOOLS = (bool, np.bool_)
+
+Array = Any  # numpy.ndarray, or cupy.ndarray where device is "cuda"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """One attention problem, checked. Letters as everywhere: B, Sq, Sk, Hq, Hk, D, Dv."""
+
+    device: str  # "cpu" or "cuda"
+    q: Array  # (B, Sq, Hq, D)
+    k: Array  # (B, Sk, Hk, D)
+    v: Array  # (B, Sk, Hk, Dv)
+    scale: float  # multiplies q kᵀ
+    softcap: float  # 0: none
+    window: tuple[int | None, int | None]  # keys left and right of i + offset; causal is right = 0
+    offset: int | Array | None  # int, (B,) integers, or None: kv_len - q_len
+    q_lens: Array | None  # (B,) integers; NumPy's are int64
+    kv_lens: Array | None  # (B,) integers; NumPy's are int64
+    mask: Array | None  # boolean, broadcast to (B, Hq, Sq, Sk)
+    bias: Array | None  # q's dtype or the accumulator's, broadcast to (B, Hq, Sq, Sk)
+    out: Array | None  # (B, Sq, Hq, Dv): where the caller wants the result
+
+    @classmethod
+    def create(
+        cls,
+        function: str,
+        device: str,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        causal: bool = False,
+        offset: int | Array | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        q_lens: Array | None = None,
+        kv_lens: Array | None = None,
+        mask: Array | None = None,
+        bias: Array | None = None,
+        out: Array | None = None,
+    ) -> Problem:
+        """Check everything; `function` is the public name that messages start with."""
+        check = _Check(function, device)
+        q_layout = (q.shape, q.strides, q.dtype)
+        k_layout = (k.shape, k.strides, k.dtype)
+        v_layout = (v.shape, v.strides, v.dtype)
+        _check_layouts(function, device, q_layout, k_layout, v_layout)
+        batch, seqlen_q, heads_q, head_dim = q.shape
+        seqlen_k = k.shape[1]
+        scores_shape = (batch, heads_q, seqlen_q, seqlen_k)
+        if out is not None:
+            inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
+            check.out(out, (batch, seqlen_q, heads_q, v.shape[3]), q.dtype, inputs)
+        return cls(
+            device=device,
+            q=q,
+            k=k,
+            v=v,
+            scale=check.scale(scale, head_dim),
+            softcap=check.softcap(softcap),
+            window=check.window(window, causal),
+            offset=check.offset(offset, batch),
+            q_lens=check.lengths("q_lens", q_lens, batch, seqlen_q),
+            kv_lens=check.lengths("kv_lens", kv_lens, batch, seqlen_k),
+            mask=check.mask(mask, scores_shape),
+            bias=check.bias(bias, scores_shape, q.dtype),
+            out=out,
+        )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of q, k, v and of the result."""
+        return self.q.dtype
+
+    @property
+    def lse_dtype(self) -> np.dtype:
+        """The accumulator's dtype: float64 for float64 input, else float32."""
+        return accumulator_dtype(self.q.dtype)
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def heads_q(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def heads_k(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads that read the same key head."""
+        return self.q.shape[2] // self.k.shape[2] if self.k.shape[2] else 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def head_dim_v(self) -> int:
+        return self.v.shape[3]
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.seqlen_q, self.heads_q, self.head_dim_v)
+
+    @property
+    def lse_shape(self) -> tuple[int, int, int]:
+        return (self.batch, self.heads_q, self.seqlen_q)
+
+
+class Gradients(NamedTuple):
+    """What a backward returns: each gradient has its input's shape and dtype."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dbias: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradientProblem:
+    """A forward problem with what came out of it and the gradient that comes back."""
+
+    forward: Problem
+    dout: Array  # (B, Sq, Hq, Dv)
+    out: Array  # (B, Sq, Hq, Dv)
+    lse: Array  # (B, Hq, Sq)
+    dlse: Array | None  # (B, Hq, Sq)
+    deterministic: bool
+
+    @classmethod
+    def create(
+        cls,
+        function: str,
+        forward: Problem,
+        dout: Array,
+        out: Array,
+        lse: Array,
+        dlse: Array | None = None,
+        deterministic: bool = True,
+    ) -> GradientProblem:
+        """Check that dout, out, lse and dlse belong to `forward`."""
+        check = _Check(function, forward.device)
+        check.like("dout", dout, forward.out_shape, forward.dtype)
+        check.like("out", out, forward.out_shape, forward.dtype)
+        for name, array in (("dout", dout), ("out", out)):
+            check.contiguous_last_axis(name, array)
+        check.like("lse", lse, forward.lse_shape, forward.lse_dtype)
+        if dlse is not None:
+            check.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
+        return cls(forward, dout, out, lse, dlse, check.flag("deterministic", deterministic))
+
+
+def check_partials(function: str, device: str, outs: list[Array], lses: list[Array]) -> None:
+    """Check that partial results belong to the same queries: (B, Sq, Hq, Dv) and (B, Hq, Sq)."""
+    check = _Check(function, device)
+    check.axes("outs[0]", outs[0], "(batch, length, heads, head size)")
+    check.dtype("outs[0]", outs[0], DTYPES["cpu"])
+    batch, seqlen_q, heads_q, _ = outs[0].shape
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        check.like(f"outs[{i}]", out, outs[0].shape, outs[0].dtype)
+        lse_dtype = accumulator_dtype(outs[0].dtype)
+        check.like(f"lses[{i}]", lse, (batch, heads_q, seqlen_q), lse_dtype)
+
+
+def accumulator_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that scores, sums and lse are kept in."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+class _Layout(NamedTuple):
+    """What the checks of q, k and v read of an array."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    dtype: np.dtype
+
+
+@lru_cache(maxsize=1024)
+def _check_layouts(function: str, device: str, q: tuple, k: tuple, v: tuple) -> None:
+    """Check q, k and v against each other, once for all calls of these layouts."""
+    _Check(function, device).tensors(_Layout(*q), _Layout(*k), _Layout(*v))
+
+
+@dataclass(frozen=True, slots=True)
+class _Check:
+    """The rules, one method per argument: messages name function, argument, found, expected."""
+
+    function: str
+    device: str
+
+    def fail(self, error: type[Exception], message: str) -> NoReturn:
+        raise error(f"cuflash.{self.function}: {message}")
+
+    def tensors(self, q: _Layout, k: _Layout, v: _Layout) -> None:
+        for name, array in (("q", q), ("k", k), ("v", v)):
+            self.axes(name, array, "(batch, length, heads, head size)")
+            self.dtype(name, array, DTYPES[self.device])
+            self.contiguous_last_axis(name, array)
+        for name, array in (("k", k), ("v", v)):
+            if array.dtype != q.dtype:
+                self.fail(TypeError, f"{name} is {array.dtype}, q is {q.dtype}; expected one dtype")
+            if array.shape[0] != q.shape[0]:
+                self.fail(
+                    ValueError,
+                    f"{name} has batch {array.shape[0]}, q has {q.shape[0]}; expected the same",
+                )
+        if k.shape[3] != q.shape[3]:
+            self.fail(
+                ValueError, f"k has head size {k.shape[3]}, q has {q.shape[3]}; expected the same"
+            )
+        if v.shape[1:3] != k.shape[1:3]:
+            self.fail(
+                ValueError,
+                f"v has (length, heads) {v.shape[1:3]}, k has {k.shape[1:3]}; expected the same",
+            )
+        self.heads(q.shape[2], k.shape[2])
+        self.head_dim("q", q.shape[3])
+        self.head_dim("v", v.shape[3])
+
+    def axes(self, name: str, array: Array | _Layout, axes: str) -> None:
+        expected = axes.count(",") + 1
+        if len(array.shape) != expected:
+            self.fail(
+                ValueError,
+                f"{name} has {len(array.shape)} axes, shape {array.shape}; "
+                f"expected {expected} axes {axes}",
+            )
+
+    def dtype(self, name: str, array: Array | _Layout, supported: tuple[np.dtype, ...]) -> None:
+        if array.dtype not in supported:
+            where = "on a GPU" if self.device == "cuda" else "on the CPU"
+            names = ", ".join(map(str, supported))
+            self.fail(TypeError, f"{name} is {array.dtype}; expected one of {names} {where}")
+
+    def contiguous_last_axis(self, name: str, array: Array | _Layout) -> None:
+        itemsize = array.dtype.itemsize
+        if array.strides[-1] != itemsize and array.shape[-1] > 1 and 0 not in array.shape:
+            self.fail(
+                ValueError,
+                f"{name} has a last axis with a stride of {array.strides[-1]} bytes; "
+                f"expected a contiguous last axis ({itemsize} bytes)",
+            )
+
+    def heads(self, heads_q: int, heads_k: int) -> None:
+        if heads_q == heads_k == 0:
+            return
+        if heads_k == 0 or heads_q % heads_k:
+            self.fail(
+                ValueError,
+                f"q has {heads_q} heads, k has {heads_k}; "
+                "expected a number of q heads that is a multiple of k's",
+            )
+
+    def head_dim(self, name: str, size: int) -> None:
+        if size < 1:
+            self.fail(ValueError, f"{name} has head size 0; expected at least 1")
+        if self.device == "cuda" and size > MAX_HEAD_DIM:
+            self.fail(
+                NotImplementedError,
+                f"{name} has head size {size}; expected at most {MAX_HEAD_DIM} on a GPU "
+                "(the cpu backend takes any)",
+            )
+
+    def like(self, name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if array.shape != shape:
+            self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}")
+        if array.dtype != dtype:
+            self.fail(TypeError, f"{name} is {array.dtype}; expected {dtype}")
+
+    def out(
+        self,
+        out: Array,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        inputs: dict[str, Array | None],
+    ) -> None:
+        self.like("out", out, shape, dtype)
+        self.contiguous_last_axis("out", out)
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            self.fail(ValueError, "out is read-only; expected an array that can be written")
+        if overlaps_itself(out):
+            self.fail(
+                ValueError,
+                f"out overlaps itself (strides {out.strides}); expected distinct elements",
+            )
+        for name, array in inputs.items():
+            if array is not None and overlap(out, array):
+                self.fail(ValueError, f"out overlaps {name}; expected memory of its own")
+
+    def number(self, name: str, value: Any) -> float:
+        if isinstance(value, _BOOLS) or not isinstance(value, numbers.Real):
+            self.fail(TypeError, f"{name} is {_shown(value)}; expected a real number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self.fail(ValueError, f"{name} is {number}; expected a finite number")
+        return number
+
+    def scale(self, scale: float | None, head_dim: int) -> float:
+        return 1.0 / math.sqrt(head_dim) if scale is None else self.number("scale", scale)
+
+    def softcap(self, softcap: float | None) -> float:
+        if softcap is None:
+            return 0.0
+        value = self.number("softcap", softcap)
+        if value < 0:
+            self.fail(ValueError, f"softcap is {value}; expected a positive number, or 0 for none")
+        return value
+
+    def flag(self, name: str, value: Any) -> bool:
+        if not isinstance(value, _BOOLS):
+            self.fail(TypeError, f"{name} is {_shown(value)}; expected True or False")
+        return bool(value)
+
+    def integer(self, name: str, value: Any) -> int:
+        if isinstance(value, _BOOLS) or not isinstance(value, numbers.Integral):
+            self.fail(TypeError, f"{name} is {_shown(value)}; expected an integer")
+        return int(value)
+
+    def window(self, window: Any, causal: Any) -> tuple[int | None, int | None]:
+        causal = self.flag("causal", causal)
+        if window is None:
+            return (None, 0 if causal else None)
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            self.fail(TypeError, f"window is {_shown(window)}; expected a pair (left, right)")
+        left = self.window_side("left", window[0])
+        right = self.window_side("right", window[1])
+        return (left, 0 if causal else right)
+
+    def window_side(self, name: str, side: Any) -> int | None:
+        if side is None:
+            return None
+        keys = self.integer(f"window {name}", side)
+        if keys < 0:
+            self.fail(
+                ValueError, f"window {name} is {keys}; expected 0 or more, or None for unbounded"
+            )
+        return min(keys, 2 * MAX_OFFSET)  # reaches every key from every offset
+
+    def offset(self, offset: Any, batch: int) -> int | Array | None:
+        if offset is None:
+            return None
+        if isinstance(offset, np.ndarray) and offset.shape == ():
+            offset = offset.item()
+        if hasattr(offset, "__dlpack__"):
+            return self.per_batch("offset", offset, batch, -MAX_OFFSET, MAX_OFFSET)
+        value = self.integer("offset", offset)
+        if abs(value) > MAX_OFFSET:
+            self.fail(ValueError, f"offset is {value}; expected at most 2^60 in size")
+        return value
+
+    def lengths(self, name: str, lengths: Any, batch: int, longest: int) -> Array | None:
+        return None if lengths is None else self.per_batch(name, lengths, batch, 0, longest)
+
+    def per_batch(self, name: str, array: Any, batch: int, low: int, high: int) -> Array:
+        dtype = getattr(array, "dtype", None)
+        if dtype is None or dtype.kind not in "iu":
+            found = type(array).__name__ if dtype is None else dtype
+            self.fail(TypeError, f"{name} is {found}; expected one integer per batch entry")
+        if array.shape != (batch,):
+            self.fail(
+                ValueError,
+                f"{name} has shape {array.shape}; expected ({batch},), one per batch entry",
+            )
+        # Device values cannot be read without waiting for the device: the kernels clamp them.
+        if not isinstance(array, np.ndarray):
+            return array
+        for value in (int(array.min()), int(array.max())) if batch else ():
+            if not low <= value <= high:
+                self.fail(ValueError, f"{name} holds {value}; expected {low} to {high}")
+        return array.astype(np.int64, copy=False)
+
+    def mask(self, mask: Array | None, scores_shape: tuple[int, ...]) -> Array | None:
+        if mask is None:
+            return None
+        self.only_on_cpu("mask")
+        if mask.dtype != np.bool_:
+            self.fail(TypeError, f"mask is {mask.dtype}; expected bool (True: attend)")
+        self.broadcastable("mask", mask, scores_shape)
+        return mask
+
+    def bias(
+        self, bias: Array | None, scores_shape: tuple[int, ...], dtype: np.dtype
+    ) -> Array | None:
+        if bias is None:
+            return None
+        self.only_on_cpu("bias")
+        allowed = (dtype, accumulator_dtype(dtype))
+        if bias.dtype not in allowed:
+            names = " or ".join(dict.fromkeys(map(str, allowed)))
+            self.fail(TypeError, f"bias is {bias.dtype}; expected {names}")
+        self.broadcastable("bias", bias, scores_shape)
+        return bias
+
+    def only_on_cpu(self, name: str) -> None:
+        if self.device == "cuda":
+            self.fail(
+                NotImplementedError,
+                f"{name} is not supported by the GPU kernels yet; the cpu backend (NumPy) has it",
+            )
+
+    def broadcastable(self, name: str, array: Array, scores_shape: tuple[int, ...]) -> None:
+        fits = array.ndim <= 4 and all(
+            n in (1, full) for n, full in zip(array.shape[::-1], scores_shape[::-1], strict=False)
+        )
+        if not fits:
+            self.fail(
+                ValueError,
+                f"{name} has shape {array.shape}; "
+                f"expected one that broadcasts to (batch, q heads, Sq, Sk) = {scores_shape}",
+            )
+
+
+def _shown(value: Any) -> str:
+    """A wrong value for a message: short, and without reading what lies on a device."""
+    name = type(value).__name__
+    return name if hasattr(value, "__dlpack__") else f"{reprlib.repr(value)} ({name})"

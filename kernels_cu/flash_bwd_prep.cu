@@ -1,0 +1,58 @@
+// Before a backward pass: one block per (query tile, key head, batch entry), one warp per row.
+//
+//   delta = sum over Dv of dout out, less dlse;  lse to base 2, +inf for rows that see no key
+//
+// so that the main kernel's p = exp2(s - lse) and ds = p (dp - delta) need no case for such rows. Clears
+// this tile's part of dq_acc and its turn; the first block clears the work counter. No shared memory.
+//
+// Method: FlashAttention-2 (Dao 2023), section 3.1.2.
+#include "backward.cuh"
+#include "mask.cuh"
+
+// Sum of x y over `cols` elements, by one warp.
+DEVICE float dot(const u16* x, const u16* y, int cols) {
+  float sum = 0.f;
+  for (int col = lane_id(); col < cols; col += kWarpSize)
+    sum += to_float<Element>(x[col]) * to_float<Element>(y[col]);
+#pragma unroll
+  for (int lane = kWarpSize / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
+  return sum;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    flash_bwd_prep(const __grid_constant__ BackwardParams p) {
+  const Rows rows(p.problem);
+  const int tiles = rows.tiles(kBlockQ);
+  const int tile = blockIdx.x % tiles;
+  const int head_k = blockIdx.x / tiles % p.problem.heads_k;
+  const int batch = blockIdx.x / tiles / p.problem.heads_k;
+  const Mask mask(p.problem, batch);
+  const int head = head_k * p.problem.group;
+  const i64 stats = ((i64)batch * p.problem.heads_k * p.problem.group + head) * p.problem.seqlen_q;
+  const i64 workspace = workspace_tile(p.problem, batch, head_k, tile);
+  const u16* out = base_of(p.out, batch, head);
+  const u16* dout = base_of(p.dout, batch, head);
+
+  for (int i = warp_id(); i < kBlockQ; i += kWarps) {
+    const int row = tile * kBlockQ + i;
+    float lse = -infinity(), delta = 0.f;
+    if (row < mask.valid_rows()) lse = p.lse[stats + rows.stat_index(p.problem, row)];
+    if (lse != -infinity()) {
+      delta = dot(rows.pointer(out, p.out, row), rows.pointer(dout, p.dout, row),
+                  p.problem.head_dim_v);
+      if (p.dlse) delta -= p.dlse[stats + rows.stat_index(p.problem, row)];
+    }
+    if (lane_id() == 0) {
+      p.lse_log2[workspace * kBlockQ + i] = lse == -infinity() ? infinity() : lse * kLog2e;
+      p.delta[workspace * kBlockQ + i] = delta;
+    }
+  }
+
+  float4* dq_acc = (float4*)(p.dq_acc + workspace * kBlockQ * kHeadDim);
+  for (int i = threadIdx.x; i < kBlockQ * kHeadDim / 4; i += kThreads)
+    dq_acc[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (threadIdx.x == 0) {
+    p.turns[1 + workspace] = 0;
+    if (blockIdx.x == 0) p.turns[0] = 0;
+  }
+}

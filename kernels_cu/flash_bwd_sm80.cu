@@ -1,0 +1,308 @@
+// Gradients of attention on mma.sync, for every GPU from Ampere on.
+//
+//   s = scale q kᵀ    p = exp2(s - lse)    dp = dout vᵀ    ds = p (dp - delta)
+//   dv = pᵀ dout      dk = scale dsᵀ q     dq = scale ds k
+//
+// One block per (key tile, key head, batch entry). It walks over the query tiles that see its keys, whose
+// rows are (position, head of the group): dk and dv of a whole group are summed in registers, and dq
+// tiles are added to dq_acc, float32, in global memory. Deterministic: blocks take their work from a
+// counter and add to a query tile in the order of their key tiles, each waiting for its turn; a block only
+// waits for blocks that took their work earlier, so they are running and somebody always advances.
+//
+// Warps divide each product in their own way (WarpGrid): s and dp kBlockQ x kBlockKV, dk and dv
+// kBlockKV x D, dq kBlockQ x D. p and ds therefore pass through shared memory.
+//
+// Shared memory, bytes:  k | v | kStages x (q | dout | lse | delta) | p | ds
+//   = 2 (kBlockKV (D + Dv) + kStages kBlockQ (D + Dv + 4) + 2 kBlockQ kBlockKV)
+// dk and dv are staged over k and v at the end. With two stages the next q and dout arrive during the whole
+// step, with one stage during dq = ds k.
+//
+// Registers: dk and dv kBlockKV (D + Dv) / kThreads, s and dp 2 kBlockQ kBlockKV / kThreads.
+//
+// Method: FlashAttention-2 (Dao 2023).
+#include "backward.cuh"
+#include "mask.cuh"
+#include "non_finite.cuh"
+#include "schedule.cuh"
+#include "softmax.cuh"
+
+#ifndef BLOCK_KV
+#define BLOCK_KV 128
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef SCORE_WARPS
+#define SCORE_WARPS 2
+#endif
+#ifndef KEY_WARPS
+#define KEY_WARPS 4
+#endif
+#ifndef DETERMINISTIC
+#define DETERMINISTIC 1
+#endif
+
+constexpr int kBlockKV = BLOCK_KV;
+constexpr int kStages = STAGES;
+constexpr bool kDeterministic = DETERMINISTIC;
+static_assert(kStages == 1 || kStages == 2, "one or two buffers of q and dout");
+
+typedef SmemTile<kBlockKV, kHeadDim> KTile;
+typedef SmemTile<kBlockKV, kHeadDimV> VTile;
+typedef SmemTile<kBlockQ, kHeadDim> QTile;
+typedef SmemTile<kBlockQ, kHeadDimV> DoutTile;
+typedef SmemTile<kBlockQ, kBlockKV> ScoreTile;
+
+constexpr int kStatBytes = kBlockQ * sizeof(float);
+constexpr int kDoutOffset = QTile::kBytes;  // in a stage
+constexpr int kLseOffset = kDoutOffset + DoutTile::kBytes;
+constexpr int kDeltaOffset = kLseOffset + kStatBytes;
+constexpr int kStageBytes = kDeltaOffset + kStatBytes;
+static_assert(kStageBytes % 128 == 0, "tiles start at a multiple of 128 bytes");
+constexpr int kVOffset = KTile::kBytes;
+constexpr int kStagesOffset = kVOffset + VTile::kBytes;
+constexpr int kPOffset = kStagesOffset + kStages * kStageBytes;
+constexpr int kDsOffset = kPOffset + ScoreTile::kBytes;
+#ifdef SMEM_BYTES
+static_assert(kDsOffset + ScoreTile::kBytes == SMEM_BYTES, "shared memory differs from the plan's");
+#endif
+
+typedef WarpGrid<kBlockQ, kBlockKV, SCORE_WARPS> ScoreGrid;    // s, dp
+typedef WarpGrid<kBlockKV, kHeadDim, KEY_WARPS> KeyGrid;       // dk
+typedef WarpGrid<kBlockKV, kHeadDimV, KEY_WARPS> ValueGrid;    // dv
+
+// One value per accumulator row of s, for this lane.
+struct RowStats {
+  float values[ScoreGrid::kM][2];
+
+  DEVICE explicit RowStats(u32 stat_smem) {
+#pragma unroll
+    for (int m = 0; m < ScoreGrid::kM; m++)
+#pragma unroll
+      for (int r = 0; r < 2; r++)
+        values[m][r] = __uint_as_float(
+            ld_shared_u32(stat_smem + 4 * (ScoreGrid::row() + acc_row(m, 2 * r))));
+  }
+  DEVICE float operator()(int m, int e) const { return values[m][e / 2]; }
+};
+
+// One float per row of a query tile.
+DEVICE void load_stats(u32 target, const float* source) {
+  const int i = threadIdx.x * 4;
+  if (i < kBlockQ) cp_async<16>(target + i * sizeof(float), source + i, 16);
+}
+
+// s becomes p, dp becomes ds.
+DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& scores,
+                          u32 stage_smem) {
+  const RowStats lse_log2(stage_smem + kLseOffset), delta(stage_smem + kDeltaOffset);
+  scores.transform(s);
+  const float factor = scores.factor();
+  for_each(s, [&](float& score, int m, int n, int e) {
+    const float p = exp2_approx(score * factor - lse_log2(m, e));
+    dp[m][n][e] = p * (dp[m][n][e] - delta(m, e)) * scores.derivative(score);
+    score = p;
+  });
+}
+
+// What the mask forbids has no probability and no gradient.
+DEVICE void hide(ScoreGrid::Acc& p, ScoreGrid::Acc& ds, const Mask& mask, int first_row,
+                 int first_key) {
+  Interval keys[ScoreGrid::kM][2];
+#pragma unroll
+  for (int m = 0; m < ScoreGrid::kM; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      keys[m][r] = mask.keys_of_row(first_row + ScoreGrid::row() + acc_row(m, 2 * r));
+  for_each(p, [&](float& probability, int m, int n, int e) {
+    const int key = first_key + ScoreGrid::col() + acc_col(n, e);
+    if (key < keys[m][e / 2].begin || key >= keys[m][e / 2].end)
+      probability = 0.f, ds[m][n][e] = 0.f;
+  });
+}
+
+// acc = a gradient of keys: the rows of `tile` that are not finite reach only the keys that they see.
+template <class Grid, class Tile>
+DEVICE void add_non_finite_queries(typename Grid::Acc& acc, const Tile& tile, const Mask& mask,
+                                   int first_row, int first_key) {
+  add_non_finite(acc, tile, Grid::col(), [&](int key, int row) {
+    return mask.visible(first_row + row, first_key + Grid::row() + key);
+  });
+}
+
+// dq += ds k for one query tile, where `non_finite` keys are not seen by every row. Leaves k as it was.
+template <class LoadKeys>
+DEVICE void query_gradient(QueryGrid::Acc& dq, const ScoreTile& ds_smem, const KTile& k_smem,
+                           bool non_finite, const Mask& mask, int first_row, int first_key,
+                           const LoadKeys& load_keys) {
+  clear(dq);
+  if (non_finite) {
+    add_non_finite(dq, k_smem, QueryGrid::col(), [&](int row, int key) {
+      return mask.visible(first_row + QueryGrid::row() + row, first_key + key);
+    });
+    __syncthreads();
+    zero_non_finite<kThreads>(k_smem);
+    __syncthreads();
+  }
+  gemm<kBlockKV / 16>(dq, RowsOf<ScoreTile>{ds_smem, QueryGrid::row()},
+                      Right<KTile>{k_smem, QueryGrid::col()});
+  if (non_finite) {
+    __syncthreads();
+    load_keys();
+  }
+}
+
+// dq to the workspace, in this key tile's turn.
+DEVICE void add_query_gradient(const BackwardParams& p, QueryGrid::Acc& dq, i64 tile, u32 turn) {
+  u32* turns = p.turns + 1 + tile;
+  if (kDeterministic) {
+    if (threadIdx.x == 0)
+      while (ld_acquire(turns) != turn) {
+      }
+    __syncthreads();
+  }
+  for_each_dq(dq, p.dq_acc, tile, [](float value, float* target) { red_add(target, value); });
+  if (kDeterministic) {
+    __syncthreads();
+    if (threadIdx.x == 0) red_release_add(turns, 1);
+  }
+}
+
+// Work in the order in which blocks ask for it; without order, by block.
+DEVICE u32 take_work(const BackwardParams& p, u8* smem) {
+  if (!kDeterministic) return blockIdx.x;
+  u32* index = (u32*)smem;
+  if (threadIdx.x == 0) *index = atomic_add(p.turns, 1);
+  __syncthreads();
+  const u32 taken = *index;
+  __syncthreads();  // the tiles overwrite it
+  return taken;
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    flash_bwd(const __grid_constant__ BackwardParams p) {
+  extern __shared__ __align__(128) u8 smem[];
+  const u32 base = shared_address(smem);
+  const KTile k_smem{base};
+  const VTile v_smem{base + kVOffset};
+  const ScoreTile p_smem{base + kPOffset}, ds_smem{base + kDsOffset};
+
+  const Work work = backward_work(p.problem, take_work(p, smem));
+  const Mask mask(p.problem, work.batch);
+  const Scores scores(p.problem);
+  const int first_key = work.tile * kBlockKV;
+  const int head = work.head_k * p.problem.group;
+  QueryTiles tiles(mask, work.tile, kBlockQ, kBlockKV);
+
+  // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
+  const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
+    const u16* keys = base_of(x, work.batch, work.head_k) + first_key * x.seq_stride;
+    load_tile<kThreads>(
+        tile, [&](int row) { return keys + row * x.seq_stride; }, mask.kv_len - first_key, cols);
+    cp_async_commit();
+  };
+  const auto q_stage = [&](int stage) { return QTile{base + kStagesOffset + stage * kStageBytes}; };
+  const auto dout_stage = [&](int stage) { return DoutTile{q_stage(stage).base + kDoutOffset}; };
+  const auto load_queries = [&](int stage, int tile) {
+    const int first_row = tile * kBlockQ, valid_rows = mask.valid_rows() - first_row;
+    const u16* q = base_of(p.q, work.batch, head);
+    const u16* dout = base_of(p.dout, work.batch, head);
+    load_tile<kThreads>(
+        q_stage(stage), [&](int row) { return mask.rows.pointer(q, p.q, first_row + row); },
+        valid_rows, p.problem.head_dim);
+    load_tile<kThreads>(
+        dout_stage(stage),
+        [&](int row) { return mask.rows.pointer(dout, p.dout, first_row + row); }, valid_rows,
+        p.problem.head_dim_v);
+    const i64 stats = workspace_tile(p.problem, work.batch, work.head_k, tile) * kBlockQ;
+    load_stats(q_stage(stage).base + kLseOffset, p.lse_log2 + stats);
+    load_stats(q_stage(stage).base + kDeltaOffset, p.delta + stats);
+    cp_async_commit();
+  };
+
+  KeyGrid::Acc dk;
+  ValueGrid::Acc dv;
+  clear(dk);
+  clear(dv);
+  bool keys_non_finite = false;
+  if (tiles.valid()) {
+    load_keys(k_smem, p.k, p.problem.head_dim);
+    load_keys(v_smem, p.v, p.problem.head_dim_v);
+    load_queries(0, tiles.current);
+    cp_async_wait<0>();
+    keys_non_finite = __syncthreads_or(copied_non_finite<kThreads>(k_smem));
+  }
+
+  int stage = 0;
+#pragma unroll 1
+  for (; tiles.valid(); tiles.advance()) {
+    const int first_row = tiles.current * kBlockQ;
+    const i64 workspace = workspace_tile(p.problem, work.batch, work.head_k, tiles.current);
+    const bool partly_visible = tiles.partly_visible();
+    const QTile q_smem = q_stage(stage);
+    const DoutTile dout_smem = dout_stage(stage);
+
+    cp_async_wait<0>();
+    // q and dout are here, and every warp has finished with the last tile's
+    const bool non_finite =
+        __syncthreads_or(partly_visible && (copied_non_finite<kThreads>(q_smem) ||
+                                            copied_non_finite<kThreads>(dout_smem)));
+    if (kStages == 2 && tiles.has_next()) load_queries(1 - stage, tiles.current + 1);
+
+    // s = q kᵀ, dp = dout vᵀ, p and ds
+    ScoreGrid::Acc s, dp;
+    clear(s);
+    clear(dp);
+    gemm<kHeadDim / 16>(s, RowsOf<QTile>{q_smem, ScoreGrid::row()},
+                        TransposedRight<KTile>{k_smem, ScoreGrid::col()});
+    gemm<kHeadDimV / 16>(dp, RowsOf<DoutTile>{dout_smem, ScoreGrid::row()},
+                         TransposedRight<VTile>{v_smem, ScoreGrid::col()});
+    differentiate(s, dp, scores, q_smem.base);
+    if (partly_visible) hide(s, dp, mask, first_row, first_key);
+    to_smem<ScoreGrid>(p_smem, s, 1.f);
+    to_smem<ScoreGrid>(ds_smem, dp, 1.f);
+    __syncthreads();  // p and ds are whole, and every warp has finished q kᵀ and dout vᵀ
+
+    if (non_finite) {
+      add_non_finite_queries<ValueGrid>(dv, dout_smem, mask, first_row, first_key);
+      add_non_finite_queries<KeyGrid>(dk, q_smem, mask, first_row, first_key);
+      __syncthreads();
+      zero_non_finite<kThreads>(dout_smem);
+      zero_non_finite<kThreads>(q_smem);
+      __syncthreads();
+    }
+
+    // dv += pᵀ dout, dk += dsᵀ q
+    gemm<kBlockQ / 16>(dv, ColumnsOf<ScoreTile>{p_smem, ValueGrid::row()},
+                       Right<DoutTile>{dout_smem, ValueGrid::col()});
+    gemm<kBlockQ / 16>(dk, ColumnsOf<ScoreTile>{ds_smem, KeyGrid::row()},
+                       Right<QTile>{q_smem, KeyGrid::col()});
+    if (kStages == 1 && tiles.has_next()) {
+      __syncthreads();  // every warp has finished with q and dout
+      load_queries(0, tiles.current + 1);
+    }
+
+    // dq += ds k
+    QueryGrid::Acc dq;
+    query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, first_row,
+                   first_key, [&] { load_keys(k_smem, p.k, p.problem.head_dim); });
+    add_query_gradient(p, dq, workspace, tiles.turn());
+    if (kStages == 2) stage = 1 - stage;
+  }
+
+  // dk and dv through shared memory to whole rows
+  cp_async_wait<0>();
+  __syncthreads();  // every warp has finished with k and v
+  to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
+  to_smem<ValueGrid>(v_smem, dv, 1.f);
+  __syncthreads();
+  u16* dk_target = base_of(p.dk, work.batch, work.head_k) + first_key * p.dk.seq_stride;
+  u16* dv_target = base_of(p.dv, work.batch, work.head_k) + first_key * p.dv.seq_stride;
+  const int valid_keys = p.problem.seqlen_k - first_key;
+  store_tile<kThreads>(
+      k_smem, [&](int row) { return dk_target + row * p.dk.seq_stride; }, valid_keys,
+      p.problem.head_dim);
+  store_tile<kThreads>(
+      v_smem, [&](int row) { return dv_target + row * p.dv.seq_stride; }, valid_keys,
+      p.problem.head_dim_v);
+}

@@ -1,0 +1,196 @@
+// Attention forward on mma.sync, for every GPU from Ampere on.
+//
+//   s = scale q kᵀ,  p = softmax(softcap and mask of s),  out = p v,  lse = log sum exp s
+//
+// One block per (query tile, key head, batch entry); rows of a tile are (position, head of the group), so K
+// and V are read once per group (rows.cuh). Key tiles run from the last to the first (schedule.cuh).
+//
+// Warps: each owns kBlockQ / kWarps rows, 16 kM of them at a time, and all kBlockKV columns of the scores;
+// a row's softmax stays inside four lanes. P goes from the accumulator of q kᵀ to the operand of p v
+// in registers.
+//
+// Shared memory, bytes:  q | k | v  =  2 (kBlockQ D + kBlockKV D + kBlockKV Dv); the output is staged over q
+// (over q and k where Dv > D). One buffer each suffices: V arrives during q kᵀ, the next K during the
+// softmax and p v. Two barriers per tile.
+//
+// Registers: o_acc kM Dv / 2, s_acc kM kBlockKV / 2, p and fragments about a quarter of that.
+//
+// Method: FlashAttention-2 (Dao 2023), online softmax (Milakov and Gimelshein 2018).
+#include "gemm.cuh"
+#include "mask.cuh"
+#include "non_finite.cuh"
+#include "schedule.cuh"
+#include "softmax.cuh"
+
+#ifndef HEAD_DIM
+#define HEAD_DIM 128
+#endif
+#ifndef HEAD_DIM_V
+#define HEAD_DIM_V 128
+#endif
+#ifndef BLOCK_Q
+#define BLOCK_Q 128
+#endif
+#ifndef BLOCK_KV
+#define BLOCK_KV 64
+#endif
+#ifndef WARPS
+#define WARPS 4
+#endif
+
+constexpr int kHeadDim = HEAD_DIM, kHeadDimV = HEAD_DIM_V;  // padded
+constexpr int kBlockQ = BLOCK_Q, kBlockKV = BLOCK_KV;
+constexpr int kThreads = WARPS * kWarpSize;
+constexpr int kWarpRows = kBlockQ / WARPS;
+constexpr int kM = kWarpRows / 16;  // 16-row tiles of a warp
+static_assert(kM * 16 * WARPS == kBlockQ, "kBlockQ must be a multiple of 16 rows per warp");
+static_assert(kBlockKV % 16 == 0, "kBlockKV must be a multiple of 16");
+
+typedef SmemTile<kBlockQ, kHeadDim> QTile;
+typedef SmemTile<kBlockKV, kHeadDim> KTile;
+typedef SmemTile<kBlockKV, kHeadDimV> VTile;
+typedef SmemTile<kBlockQ, kHeadDimV> OutTile;
+
+constexpr int kKOffset = QTile::kBytes;
+constexpr int kVOffset = kKOffset + KTile::kBytes;
+constexpr int kSmemBytes = larger(kVOffset + VTile::kBytes, OutTile::kBytes);
+#ifdef SMEM_BYTES
+static_assert(kSmemBytes == SMEM_BYTES, "shared memory differs from the plan's");
+#endif
+#ifdef PARAMS_BYTES
+static_assert(sizeof(ForwardParams) == PARAMS_BYTES, "ForwardParams differs from the packed one");
+#endif
+
+// The output rows of this warp group to global memory, through shared memory; lse directly.
+DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask, const OutTile& out_smem,
+                  float (&o_acc)[kM][kHeadDimV / 8][4], const OnlineSoftmax<kM>& softmax) {
+  const int head = work.head_k * p.problem.group;
+  const int first_row = work.tile * kBlockQ;
+  const int valid_rows = smaller(kBlockQ, mask.rows.count - first_row);
+
+  // Rows past the query length sum over zeros: they are 0 and -inf by definition.
+  bool in_length[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = warp_id() * kWarpRows + acc_row(m, 2 * r);
+      in_length[m][r] = first_row + row < mask.valid_rows();
+      if (lane_id() % 4 == 0 && row < valid_rows) {
+        float* lse = p.lse + ((i64)work.batch * p.problem.heads_k * p.problem.group + head) *
+                                 p.problem.seqlen_q;
+        lse[mask.rows.stat_index(p.problem, first_row + row)] =
+            in_length[m][r] ? softmax.row_max[m][r] : -infinity();
+      }
+    }
+
+  __syncthreads();  // every warp is done with q and k, which the output overwrites
+#pragma unroll
+  for (int m = 0; m < kM; m++)
+#pragma unroll
+    for (int n = 0; n < kHeadDimV / 8; n++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        const float(&o)[4] = o_acc[m][n];
+        st_shared(out_smem.address(warp_id() * kWarpRows + acc_row(m, 2 * r), acc_col(n, 0)),
+                  in_length[m][r] ? pack<Element>(o[2 * r], o[2 * r + 1]) : 0u);
+      }
+  __syncthreads();
+
+  u16* out = base_of(p.out, work.batch, head);
+  store_tile<kThreads>(
+      out_smem, [&](int row) { return mask.rows.pointer(out, p.out, first_row + row); }, valid_rows,
+      p.problem.head_dim_v);
+}
+
+// Scores that the mask forbids become -inf.
+DEVICE void hide(float (&s_acc)[kM][kBlockKV / 8][4], const Mask& mask, int first_row,
+                 int first_key) {
+  Interval keys[kM][2];
+#pragma unroll
+  for (int m = 0; m < kM; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) keys[m][r] = mask.keys_of_row(first_row + acc_row(m, 2 * r));
+  for_each(s_acc, [&](float& s, int m, int n, int e) {
+    const int key = first_key + acc_col(n, e);
+    if (key < keys[m][e / 2].begin || key >= keys[m][e / 2].end) s = -infinity();
+  });
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    flash_fwd(const __grid_constant__ ForwardParams p) {
+  extern __shared__ __align__(128) u8 smem[];
+  const u32 base = shared_address(smem);
+  const QTile q_smem{base};
+  const KTile k_smem{base + kKOffset};
+  const VTile v_smem{base + kVOffset};
+
+  const Rows rows(p.problem);
+  const Work work = forward_work(p.problem, rows.tiles(kBlockQ), p.heads_per_section);
+  const Mask mask(p.problem, work.batch);
+  const int first_row = work.tile * kBlockQ, warp_row = warp_id() * kWarpRows;
+  KeyTiles tiles(mask, first_row, kBlockQ, kBlockKV);
+
+  const u16* q = base_of(p.q, work.batch, work.head_k * p.problem.group);
+  const u16* k = base_of(p.k, work.batch, work.head_k);
+  const u16* v = base_of(p.v, work.batch, work.head_k);
+  const auto load_keys = [&](const auto& tile, const u16* x, const Tensor& shape, int cols) {
+    const i64 first_key = (i64)tiles.current * kBlockKV;
+    load_tile<kThreads>(
+        tile, [&](int row) { return x + (first_key + row) * shape.seq_stride; },
+        mask.kv_len - (int)first_key, cols);
+    cp_async_commit();
+  };
+
+  const Scores scores(p.problem);
+  OnlineSoftmax<kM> softmax(scores.factor());
+  float o_acc[kM][kHeadDimV / 8][4];
+  clear(o_acc);
+
+  if (tiles.valid()) {
+    load_tile<kThreads>(
+        q_smem, [&](int row) { return rows.pointer(q, p.q, first_row + row); },
+        mask.valid_rows() - first_row, p.problem.head_dim);
+    load_keys(k_smem, k, p.k, p.problem.head_dim);
+  }
+#pragma unroll 1
+  while (tiles.valid()) {
+    const int first_key = tiles.current * kBlockKV;
+    const bool partly_visible = tiles.partly_visible();
+
+    cp_async_wait<0>();
+    __syncthreads();  // K is here, and every warp has finished with V
+    load_keys(v_smem, v, p.v, p.problem.head_dim_v);
+
+    // s = q kᵀ
+    float s_acc[kM][kBlockKV / 8][4];
+    clear(s_acc);
+    gemm<kHeadDim / 16>(s_acc, RowsOf<QTile>{q_smem, warp_row},
+                                 TransposedRight<KTile>{k_smem, 0});
+
+    cp_async_wait<0>();
+    // V is here, and every warp has finished with K
+    const bool non_finite = __syncthreads_or(partly_visible && copied_non_finite<kThreads>(v_smem));
+    tiles.advance();
+    if (tiles.valid()) load_keys(k_smem, k, p.k, p.problem.head_dim);
+
+    scores.transform(s_acc);
+    if (partly_visible) hide(s_acc, mask, first_row + warp_row, first_key);
+    softmax.step(s_acc, o_acc);
+
+    // o += p v
+    const auto probabilities = pack_operand(s_acc);
+    if (non_finite) {
+      add_non_finite(o_acc, v_smem, 0, [&](int row, int key) {
+        return mask.visible(first_row + warp_row + row, first_key + key);
+      });
+      __syncthreads();
+      zero_non_finite<kThreads>(v_smem);
+      __syncthreads();
+    }
+    gemm<kBlockKV / 16>(o_acc, probabilities, Right<VTile>{v_smem, 0});
+  }
+
+  softmax.finish(o_acc);
+  store(p, work, mask, OutTile{base}, o_acc, softmax);
+}

@@ -1,0 +1,76 @@
+// Which keys a query sees. causal, window, offset and lengths all come down to one interval of keys per
+// query, whose two ends never decrease from one query to the next; so tiles have ranges in both directions.
+#pragma once
+#include "params.cuh"
+#include "rows.cuh"
+
+struct Interval {
+  int begin, end;  // [begin, end); empty where end <= begin
+};
+
+struct Mask {
+  Rows rows;
+  int q_len, kv_len;
+  int first;  // query i sees keys i + first ...
+  int last;   // ... to i + last, inclusive
+
+  DEVICE Mask(const Problem& p, int batch) : rows(p) {
+    q_len = p.q_lens ? clamp(p.q_lens[batch], 0, p.seqlen_q) : p.seqlen_q;
+    kv_len = p.kv_lens ? clamp(p.kv_lens[batch], 0, p.seqlen_k) : p.seqlen_k;
+    i64 offset = p.offset_is_given ? p.offset : (i64)kv_len - q_len;
+    if (p.offsets) offset = p.offsets[batch];
+    // Beyond these ends nothing changes, and 0 <= i < Sq keeps i + first and i + last + 1 in 32 bits.
+    first = clamp(offset - p.window_left, -p.seqlen_q, p.seqlen_k);
+    last = clamp(offset + p.window_right, -p.seqlen_q - 1, p.seqlen_k);
+  }
+
+  DEVICE Interval keys_of_position(int position) const {
+    if (position >= q_len) return {0, 0};
+    return {clamp(position + first, 0, kv_len), clamp(position + last + 1, 0, kv_len)};
+  }
+  DEVICE Interval keys_of_row(int row) const { return keys_of_position(rows.position(row)); }
+
+  DEVICE bool visible(int row, int key) const {
+    const Interval keys = keys_of_row(row);
+    return keys.begin <= key && key < keys.end;
+  }
+
+  // Rows that hold queries: the others read as zeros.
+  DEVICE int valid_rows() const { return q_len * rows.group; }
+
+  // Key tiles that the query tile [row, row + block_q) visits.
+  DEVICE Interval key_tiles(int row, int block_q, int block_kv) const {
+    const int first_position = rows.position(row);
+    if (first_position >= q_len) return {0, 0};
+    const int begin = clamp(first_position + first, 0, kv_len);
+    const int end = clamp(last_position(row, block_q) + last + 1, 0, kv_len);
+    return {begin / block_kv, ceil_div(end, block_kv)};
+  }
+
+  // Of those, the tiles that every row of the query tile sees whole.
+  DEVICE Interval full_key_tiles(int row, int block_q, int block_kv) const {
+    const int first_position = rows.position(row);
+    if (first_position >= q_len) return {0, 0};
+    const int begin = keys_of_position(last_position(row, block_q)).begin;
+    const int end = keys_of_position(first_position).end;
+    return {ceil_div(begin, block_kv), end / block_kv};
+  }
+
+  // Query tiles that visit the key tile [key, key + block_kv): the same relation from the other side.
+  DEVICE Interval query_tiles(int key, int block_q, int block_kv) const {
+    if (key >= kv_len) return {0, 0};
+    const int begin = clamp((i64)key - last, 0, q_len);              // i + last >= key
+    const int end = clamp((i64)key + block_kv - first, 0, q_len);    // i + first < key + block_kv
+    if (begin >= end) return {0, 0};
+    return {begin * rows.group / block_q, ceil_div(end * rows.group, block_q)};
+  }
+
+ private:
+  DEVICE int last_position(int row, int block_q) const {
+    return smaller(rows.position(smaller(row + block_q, rows.count) - 1), q_len - 1);
+  }
+  template <class T>
+  static DEVICE int clamp(T x, int low, int high) {
+    return (int)smaller(larger(x, (T)low), (T)high);
+  }
+};

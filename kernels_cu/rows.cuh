@@ -1,0 +1,36 @@
+// The rows of one (batch, key head): every query position of every head of the group, head fastest, so
+// that a tile of rows reads K and V once for its whole group. Without a group, row = position.
+#pragma once
+#include "params.cuh"
+
+#ifndef PACK_GROUP
+#define PACK_GROUP 0
+#endif
+constexpr bool kPackGroup = PACK_GROUP;
+
+struct Rows {
+  int group;  // heads packed into the rows
+  int count;  // Sq * group
+
+  DEVICE explicit Rows(const Problem& p)
+      : group(kPackGroup ? p.group : 1), count(p.seqlen_q * (kPackGroup ? p.group : 1)) {}
+
+  DEVICE int position(int row) const { return kPackGroup ? row / group : row; }
+  DEVICE int head_in_group(int row) const { return kPackGroup ? row % group : 0; }
+  DEVICE int tiles(int block_q) const { return ceil_div(count, block_q); }
+
+  // First element of a row in x, whose data pointer already is at (batch, 0, first head of the group).
+  template <class Element>
+  DEVICE Element* pointer(Element* base, const Tensor& x, int row) const {
+    return base + position(row) * x.seq_stride + head_in_group(row) * x.head_stride;
+  }
+  // Where a row stands in a (B, Hq, Sq) array, relative to (batch, first head of the group, 0).
+  DEVICE i64 stat_index(const Problem& p, int row) const {
+    return (i64)head_in_group(row) * p.seqlen_q + position(row);
+  }
+};
+
+// The element (batch, 0, head) of x.
+DEVICE u16* base_of(const Tensor& x, int batch, int head) {
+  return (u16*)x.data + batch * x.batch_stride + head * x.head_stride;
+}
