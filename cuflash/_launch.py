@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 
 import cupy
 import numpy as np
@@ -59,7 +59,7 @@ class Gpu:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def gpu(device_id: int) -> Gpu:
     """The GPU of this number."""
     return Gpu(device_id)

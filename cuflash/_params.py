@@ -10,7 +10,7 @@ import numpy as np
 
 from cuflash._problem import Array, GradientProblem, Problem
 
-_PROBLEM = "3Q3q8i4f"
+_PROBLEM = "3Q3q6iIi2i4f"
 _TENSOR = "Q3q"
 _FORWARD = Struct(_PROBLEM + 4 * _TENSOR + "Q2i")
 _BACKWARD = Struct(_PROBLEM + 8 * _TENSOR + "6Q")
@@ -59,7 +59,7 @@ def address(array: Array) -> int:
 
 
 def alignment(*arrays: Array) -> int:
-    """The largest power of two, at most 16, that divides the address of every row of every array."""
+    """The largest power of two, at most 16, that divides the address of every row."""
     bits = 16
     for array in arrays:
         bits |= address(array)
@@ -94,6 +94,7 @@ def _problem(problem: Problem) -> tuple[Any, ...]:
         problem.seqlen_k,
         problem.heads_k,
         problem.group,
+        *_division(problem.group),
         problem.head_dim,
         problem.head_dim_v,
         scale,
@@ -101,6 +102,17 @@ def _problem(problem: Problem) -> tuple[Any, ...]:
         2 * scale_log2 / softcap if softcap else 0.0,
         softcap * _LOG2_E,
     )
+
+
+def _division(divisor: int) -> tuple[int, int]:
+    """Magic and shift: n // divisor = n * magic >> 32 >> shift for 0 <= n < 2^31, 1 < divisor.
+
+    T. Granlund, P. L. Montgomery, "Division by Invariant Integers using Multiplication", 1994.
+    """
+    if divisor == 1:
+        return 0, 0
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor), shift - 1
 
 
 def _bounded(value: int) -> int:

@@ -1,4 +1,4 @@
-"""Every heuristic and tile size: (problem, device) → plan. Pure Python; nothing here needs CuPy or a GPU."""
+"""Every heuristic and tile size: (problem, device) → plan. Needs neither CuPy nor a GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ KIB = 1024
 # Shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
 _SMEM_LIMIT = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103: 227 * KIB}
 _SMALL_SMEM_LIMIT = 99 * KIB  # 8.6, 8.9, 12.x
-# Beyond this many accumulators a thread of the backward spills (sm_80 and sm_90, NVRTC 13.5, 2026-11).
+# Beyond this many accumulators a thread of the backward spills (NVRTC 13.5, 2026-11).
 _MAX_BACKWARD_ACCUMULATORS = 192
+# A warp with 32 rows and a quarter of 256 columns of dq spills; 16 rows and a half do not.
+_MAX_HEAD_DIM_OF_TWO_QUERY_WARPS = 128
 _HEAD_DIM_STEP = 32
 VEC_BYTES = (16, 4, 2)
 
@@ -195,7 +197,7 @@ def kernels_for(
     backward: bool = True,
     deterministic: bool = True,
 ) -> list[Kernel]:
-    """Every kernel that calls of these sizes launch, whatever their lengths, on contiguous arrays."""
+    """Every kernel that calls of these sizes launch on contiguous arrays of any length."""
     capability = int(arch.removeprefix("sm_").rstrip("a"))
     kernels = []
     for few_rows in (False, True):
@@ -273,9 +275,9 @@ class _BackwardTiles:
     key_warps: int
 
     def query_warps(self, head_dim: int) -> int:
-        """Few enough that every warp has a multiple of 16 columns of dq, and at least 16 rows."""
-        columns_for_all = head_dim % (16 * self.warps // 2) == 0
-        return 2 if columns_for_all else 4
+        """Two where every warp then has a multiple of 16 columns of dq, and registers for them."""
+        few_columns = head_dim <= _MAX_HEAD_DIM_OF_TWO_QUERY_WARPS or self.block_q < 64
+        return 2 if few_columns and self._columns_divide(head_dim) else 4
 
     def serves(self, traits: Traits) -> bool:
         threads = 32 * self.warps
@@ -284,6 +286,9 @@ class _BackwardTiles:
         query_rows = 16 * self.query_warps(traits.head_dim)
         return accumulators <= _MAX_BACKWARD_ACCUMULATORS and query_rows <= self.block_q
 
+    def _columns_divide(self, head_dim: int) -> bool:
+        return head_dim % (16 * self.warps // 2) == 0
+
     def smem_bytes(self, traits: Traits) -> int:
         """k, v, the stages of q, dout and their statistics, p and ds, as flash_bwd_sm80.cu does."""
         both = traits.head_dim + traits.head_dim_v
@@ -291,8 +296,8 @@ class _BackwardTiles:
         return 2 * (self.block_kv * both + stages + 2 * self.block_q * self.block_kv)
 
 
-# In order of preference. Two 16-row tiles per warp (128 rows, 4 warps) read a key fragment once for both;
-# above a head size of 128 the output needs the registers of eight warps.
+# In order of preference. Two 16-row tiles per warp (128 rows, 4 warps) read a key fragment once for
+# both; above a head size of 128 the output needs the registers of eight warps.
 _FORWARD_TILES = (
     _ForwardTiles(block_q=128, block_kv=64, warps=4, max_head_dim=128),
     _ForwardTiles(block_q=128, block_kv=64, warps=8, max_head_dim=256),

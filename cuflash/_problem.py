@@ -219,8 +219,7 @@ def _check_layouts(function: str, device: str, q: tuple, k: tuple, v: tuple) -> 
     _Check(function, device).tensors(_Layout(*q), _Layout(*k), _Layout(*v))
 
 
-@dataclass(frozen=True, slots=True)
-class _Check:
+class _Check(NamedTuple):
     """The rules, one method per argument: messages name function, argument, found, expected."""
 
     function: str

@@ -1,4 +1,5 @@
-// What the three kernels of a backward pass share: sizes, the workspace, how warps divide a product.
+// What the three kernels of a backward pass share: sizes, the workspace, how warps divide a
+// product.
 //
 //   prep   delta = rowsum(dout ∘ out) - dlse, lse in base 2, cleared dq_acc and turns
 //   main   dk, dv, and dq_acc in float32
@@ -52,8 +53,8 @@ DEVICE i64 workspace_tile(const Problem& p, int batch, int head_k, int tile) {
   return ((i64)batch * p.heads_k + head_k) * Rows(p).tiles(kBlockQ) + tile;
 }
 
-// dq_acc keeps each thread's accumulators a block's width apart, so that a warp's accesses are contiguous.
-// f(accumulator, its address).
+// dq_acc keeps each thread's accumulators a block's width apart, so that a warp's accesses are
+// contiguous. f(accumulator, its address).
 template <class F>
 DEVICE void for_each_dq(QueryGrid::Acc& dq, float* dq_acc, i64 tile, const F& f) {
   float* first = dq_acc + tile * kBlockQ * kHeadDim + threadIdx.x;
@@ -65,12 +66,14 @@ DEVICE void for_each_dq(QueryGrid::Acc& dq, float* dq_acc, i64 tile, const F& f)
 // A product to a tile in shared memory, in 16 bits.
 template <class Grid, class Tile>
 DEVICE void to_smem(const Tile& tile, const typename Grid::Acc& acc, float scale) {
+  const int lane = opaque(lane_id());  // addresses kept across tiles would spill
 #pragma unroll
   for (int m = 0; m < Grid::kM; m++)
 #pragma unroll
     for (int n = 0; n < Grid::kN; n++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        st_shared(tile.address(Grid::row() + acc_row(m, 2 * r), Grid::col() + acc_col(n, 0)),
-                  pack<Element>(acc[m][n][2 * r] * scale, acc[m][n][2 * r + 1] * scale));
+        st_shared(
+            tile.address(Grid::row() + acc_row(m, 2 * r, lane), Grid::col() + acc_col(n, 0, lane)),
+            pack<Element>(acc[m][n][2 * r] * scale, acc[m][n][2 * r + 1] * scale));
 }

@@ -1,4 +1,5 @@
-// Types and small device helpers that every kernel uses. No header of CUDA or of anybody else is included.
+// Types and small device helpers that every kernel uses. No header of CUDA or of anybody else is
+// included.
 #pragma once
 
 typedef unsigned char u8;

@@ -1,6 +1,6 @@
-// After a backward pass: dq = scale dq_acc, in 16 bits. One block per (query tile, key head, batch entry)
-// with the threads of the main kernel, so that each reads the accumulators that it would own there; the
-// tile goes through shared memory (2 kBlockQ D bytes) to whole rows.
+// After a backward pass: dq = scale dq_acc, in 16 bits. One block per (query tile, key head, batch
+// entry) with the threads of the main kernel, so that each reads the accumulators that it would own
+// there; the tile goes through shared memory (2 kBlockQ D bytes) to whole rows.
 #include "backward.cuh"
 
 typedef SmemTile<kBlockQ, kHeadDim> QTile;

@@ -2,8 +2,9 @@
 //
 //   delta = sum over Dv of dout out, less dlse;  lse to base 2, +inf for rows that see no key
 //
-// so that the main kernel's p = exp2(s - lse) and ds = p (dp - delta) need no case for such rows. Clears
-// this tile's part of dq_acc and its turn; the first block clears the work counter. No shared memory.
+// so that the main kernel's p = exp2(s - lse) and ds = p (dp - delta) need no case for such rows.
+// Clears this tile's part of dq_acc and its turn; the first block clears the work counter. No
+// shared memory.
 //
 // Method: FlashAttention-2 (Dao 2023), section 3.1.2.
 #include "backward.cuh"
@@ -38,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     float lse = -infinity(), delta = 0.f;
     if (row < mask.valid_rows()) lse = p.lse[stats + rows.stat_index(p.problem, row)];
     if (lse != -infinity()) {
-      delta = dot(rows.pointer(out, p.out, row), rows.pointer(dout, p.dout, row),
-                  p.problem.head_dim_v);
+      delta =
+          dot(rows.pointer(out, p.out, row), rows.pointer(dout, p.dout, row), p.problem.head_dim_v);
       if (p.dlse) delta -= p.dlse[stats + rows.stat_index(p.problem, row)];
     }
     if (lane_id() == 0) {

@@ -3,19 +3,20 @@
 //   s = scale q kᵀ    p = exp2(s - lse)    dp = dout vᵀ    ds = p (dp - delta)
 //   dv = pᵀ dout      dk = scale dsᵀ q     dq = scale ds k
 //
-// One block per (key tile, key head, batch entry). It walks over the query tiles that see its keys, whose
-// rows are (position, head of the group): dk and dv of a whole group are summed in registers, and dq
-// tiles are added to dq_acc, float32, in global memory. Deterministic: blocks take their work from a
-// counter and add to a query tile in the order of their key tiles, each waiting for its turn; a block only
-// waits for blocks that took their work earlier, so they are running and somebody always advances.
+// One block per (key tile, key head, batch entry). It walks over the query tiles that see its keys,
+// whose rows are (position, head of the group): dk and dv of a whole group are summed in registers,
+// and dq tiles are added to dq_acc, float32, in global memory. Deterministic: blocks take their
+// work from a counter and add to a query tile in the order of their key tiles, each waiting for its
+// turn; a block only waits for blocks that took their work earlier, so they are running and
+// somebody always advances.
 //
 // Warps divide each product in their own way (WarpGrid): s and dp kBlockQ x kBlockKV, dk and dv
 // kBlockKV x D, dq kBlockQ x D. p and ds therefore pass through shared memory.
 //
 // Shared memory, bytes:  k | v | kStages x (q | dout | lse | delta) | p | ds
 //   = 2 (kBlockKV (D + Dv) + kStages kBlockQ (D + Dv + 4) + 2 kBlockQ kBlockKV)
-// dk and dv are staged over k and v at the end. With two stages the next q and dout arrive during the whole
-// step, with one stage during dq = ds k.
+// dk and dv are staged over k and v at the end. With two stages the next q and dout arrive during
+// the whole step, with one stage during dq = ds k.
 //
 // Registers: dk and dv kBlockKV (D + Dv) / kThreads, s and dp 2 kBlockQ kBlockKV / kThreads.
 //
@@ -67,24 +68,9 @@ constexpr int kDsOffset = kPOffset + ScoreTile::kBytes;
 static_assert(kDsOffset + ScoreTile::kBytes == SMEM_BYTES, "shared memory differs from the plan's");
 #endif
 
-typedef WarpGrid<kBlockQ, kBlockKV, SCORE_WARPS> ScoreGrid;    // s, dp
-typedef WarpGrid<kBlockKV, kHeadDim, KEY_WARPS> KeyGrid;       // dk
-typedef WarpGrid<kBlockKV, kHeadDimV, KEY_WARPS> ValueGrid;    // dv
-
-// One value per accumulator row of s, for this lane.
-struct RowStats {
-  float values[ScoreGrid::kM][2];
-
-  DEVICE explicit RowStats(u32 stat_smem) {
-#pragma unroll
-    for (int m = 0; m < ScoreGrid::kM; m++)
-#pragma unroll
-      for (int r = 0; r < 2; r++)
-        values[m][r] = __uint_as_float(
-            ld_shared_u32(stat_smem + 4 * (ScoreGrid::row() + acc_row(m, 2 * r))));
-  }
-  DEVICE float operator()(int m, int e) const { return values[m][e / 2]; }
-};
+typedef WarpGrid<kBlockQ, kBlockKV, SCORE_WARPS> ScoreGrid;  // s, dp
+typedef WarpGrid<kBlockKV, kHeadDim, KEY_WARPS> KeyGrid;     // dk
+typedef WarpGrid<kBlockKV, kHeadDimV, KEY_WARPS> ValueGrid;  // dv
 
 // One float per row of a query tile.
 DEVICE void load_stats(u32 target, const float* source) {
@@ -92,36 +78,51 @@ DEVICE void load_stats(u32 target, const float* source) {
   if (i < kBlockQ) cp_async<16>(target + i * sizeof(float), source + i, 16);
 }
 
+// Calls f(row, m, r) for each row of s that this lane holds: accumulators [m][n][2 r] and [2 r +
+// 1].
+template <class F>
+DEVICE void for_each_row(const F& f) {
+#pragma unroll
+  for (int m = 0; m < ScoreGrid::kM; m++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) f(ScoreGrid::row() + acc_row(m, 2 * r), m, r);
+}
+
 // s becomes p, dp becomes ds.
 DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& scores,
                           u32 stage_smem) {
-  const RowStats lse_log2(stage_smem + kLseOffset), delta(stage_smem + kDeltaOffset);
   scores.transform(s);
-  const float factor = scores.factor();
-  for_each(s, [&](float& score, int m, int n, int e) {
-    const float p = exp2_approx(score * factor - lse_log2(m, e));
-    dp[m][n][e] = p * (dp[m][n][e] - delta(m, e)) * scores.derivative(score);
-    score = p;
+  for_each_row([&](int row, int m, int r) {
+    const float lse_log2 = __uint_as_float(ld_shared_u32(stage_smem + kLseOffset + 4 * row));
+    const float delta = __uint_as_float(ld_shared_u32(stage_smem + kDeltaOffset + 4 * row));
+#pragma unroll
+    for (int n = 0; n < ScoreGrid::kN; n++)
+#pragma unroll
+      for (int e = 2 * r; e < 2 * r + 2; e++) {
+        const float score = s[m][n][e];
+        s[m][n][e] = exp2_approx(score * scores.factor() - lse_log2);
+        dp[m][n][e] = s[m][n][e] * (dp[m][n][e] - delta) * scores.derivative(score);
+      }
   });
 }
 
 // What the mask forbids has no probability and no gradient.
 DEVICE void hide(ScoreGrid::Acc& p, ScoreGrid::Acc& ds, const Mask& mask, int first_row,
                  int first_key) {
-  Interval keys[ScoreGrid::kM][2];
+  for_each_row([&](int row, int m, int r) {
+    const Interval keys = mask.keys_of_row(first_row + row);
 #pragma unroll
-  for (int m = 0; m < ScoreGrid::kM; m++)
+    for (int n = 0; n < ScoreGrid::kN; n++)
 #pragma unroll
-    for (int r = 0; r < 2; r++)
-      keys[m][r] = mask.keys_of_row(first_row + ScoreGrid::row() + acc_row(m, 2 * r));
-  for_each(p, [&](float& probability, int m, int n, int e) {
-    const int key = first_key + ScoreGrid::col() + acc_col(n, e);
-    if (key < keys[m][e / 2].begin || key >= keys[m][e / 2].end)
-      probability = 0.f, ds[m][n][e] = 0.f;
+      for (int e = 2 * r; e < 2 * r + 2; e++) {
+        const int key = first_key + ScoreGrid::col() + acc_col(n, e);
+        if (key < keys.begin || key >= keys.end) p[m][n][e] = 0.f, ds[m][n][e] = 0.f;
+      }
   });
 }
 
-// acc = a gradient of keys: the rows of `tile` that are not finite reach only the keys that they see.
+// acc = a gradient of keys: the rows of `tile` that are not finite reach only the keys that they
+// see.
 template <class Grid, class Tile>
 DEVICE void add_non_finite_queries(typename Grid::Acc& acc, const Tile& tile, const Mask& mask,
                                    int first_row, int first_key) {
@@ -130,7 +131,8 @@ DEVICE void add_non_finite_queries(typename Grid::Acc& acc, const Tile& tile, co
   });
 }
 
-// dq += ds k for one query tile, where `non_finite` keys are not seen by every row. Leaves k as it was.
+// dq += ds k for one query tile, where `non_finite` keys are not seen by every row. Leaves k as it
+// was.
 template <class LoadKeys>
 DEVICE void query_gradient(QueryGrid::Acc& dq, const ScoreTile& ds_smem, const KTile& k_smem,
                            bool non_finite, const Mask& mask, int first_row, int first_key,
@@ -194,9 +196,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int head = work.head_k * p.problem.group;
   QueryTiles tiles(mask, work.tile, kBlockQ, kBlockKV);
 
-  // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
+  // Pointers are computed anew for each tile: kept, they would cost registers throughout the loop.
   const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
-    const u16* keys = base_of(x, work.batch, work.head_k) + first_key * x.seq_stride;
+    const u16* keys = base_of(x, opaque(work.batch), work.head_k) + first_key * x.seq_stride;
     load_tile<kThreads>(
         tile, [&](int row) { return keys + row * x.seq_stride; }, mask.kv_len - first_key, cols);
     cp_async_commit();
@@ -205,8 +207,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const auto dout_stage = [&](int stage) { return DoutTile{q_stage(stage).base + kDoutOffset}; };
   const auto load_queries = [&](int stage, int tile) {
     const int first_row = tile * kBlockQ, valid_rows = mask.valid_rows() - first_row;
-    const u16* q = base_of(p.q, work.batch, head);
-    const u16* dout = base_of(p.dout, work.batch, head);
+    const int batch = opaque(work.batch);
+    const u16* q = base_of(p.q, batch, head);
+    const u16* dout = base_of(p.dout, batch, head);
     load_tile<kThreads>(
         q_stage(stage), [&](int row) { return mask.rows.pointer(q, p.q, first_row + row); },
         valid_rows, p.problem.head_dim);
@@ -214,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         dout_stage(stage),
         [&](int row) { return mask.rows.pointer(dout, p.dout, first_row + row); }, valid_rows,
         p.problem.head_dim_v);
-    const i64 stats = workspace_tile(p.problem, work.batch, work.head_k, tile) * kBlockQ;
+    const i64 stats = workspace_tile(p.problem, batch, work.head_k, tile) * kBlockQ;
     load_stats(q_stage(stage).base + kLseOffset, p.lse_log2 + stats);
     load_stats(q_stage(stage).base + kDeltaOffset, p.delta + stats);
     cp_async_commit();
@@ -237,7 +240,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (; tiles.valid(); tiles.advance()) {
     const int first_row = tiles.current * kBlockQ;
-    const i64 workspace = workspace_tile(p.problem, work.batch, work.head_k, tiles.current);
     const bool partly_visible = tiles.partly_visible();
     const QTile q_smem = q_stage(stage);
     const DoutTile dout_smem = dout_stage(stage);
@@ -286,7 +288,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     QueryGrid::Acc dq;
     query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, first_row,
                    first_key, [&] { load_keys(k_smem, p.k, p.problem.head_dim); });
-    add_query_gradient(p, dq, workspace, tiles.turn());
+    add_query_gradient(p, dq,
+                       workspace_tile(p.problem, opaque(work.batch), work.head_k, tiles.current),
+                       tiles.turn());
     if (kStages == 2) stage = 1 - stage;
   }
 

@@ -2,16 +2,17 @@
 //
 //   s = scale q kᵀ,  p = softmax(softcap and mask of s),  out = p v,  lse = log sum exp s
 //
-// One block per (query tile, key head, batch entry); rows of a tile are (position, head of the group), so K
-// and V are read once per group (rows.cuh). Key tiles run from the last to the first (schedule.cuh).
+// One block per (query tile, key head, batch entry); rows of a tile are (position, head of the
+// group), so K and V are read once per group (rows.cuh). Key tiles run from the last to the first
+// (schedule.cuh).
 //
-// Warps: each owns kBlockQ / kWarps rows, 16 kM of them at a time, and all kBlockKV columns of the scores;
-// a row's softmax stays inside four lanes. P goes from the accumulator of q kᵀ to the operand of p v
-// in registers.
+// Warps: each owns kBlockQ / kWarps rows, 16 kM of them at a time, and all kBlockKV columns of the
+// scores; a row's softmax stays inside four lanes. P goes from the accumulator of q kᵀ to the
+// operand of p v in registers.
 //
-// Shared memory, bytes:  q | k | v  =  2 (kBlockQ D + kBlockKV D + kBlockKV Dv); the output is staged over q
-// (over q and k where Dv > D). One buffer each suffices: V arrives during q kᵀ, the next K during the
-// softmax and p v. Two barriers per tile.
+// Shared memory, bytes:  q | k | v  =  2 (kBlockQ D + kBlockKV D + kBlockKV Dv); the output is
+// staged over q (over q and k where Dv > D). One buffer each suffices: V arrives during q kᵀ, the
+// next K during the softmax and p v. Two barriers per tile.
 //
 // Registers: o_acc kM Dv / 2, s_acc kM kBlockKV / 2, p and fragments about a quarter of that.
 //
@@ -62,8 +63,9 @@ static_assert(sizeof(ForwardParams) == PARAMS_BYTES, "ForwardParams differs from
 #endif
 
 // The output rows of this warp group to global memory, through shared memory; lse directly.
-DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask, const OutTile& out_smem,
-                  float (&o_acc)[kM][kHeadDimV / 8][4], const OnlineSoftmax<kM>& softmax) {
+DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask,
+                  const OutTile& out_smem, float (&o_acc)[kM][kHeadDimV / 8][4],
+                  const OnlineSoftmax<kM>& softmax) {
   const int head = work.head_k * p.problem.group;
   const int first_row = work.tile * kBlockQ;
   const int valid_rows = smaller(kBlockQ, mask.rows.count - first_row);
@@ -91,7 +93,7 @@ DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask, co
     for (int n = 0; n < kHeadDimV / 8; n++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float(&o)[4] = o_acc[m][n];
+        const float (&o)[4] = o_acc[m][n];
         st_shared(out_smem.address(warp_id() * kWarpRows + acc_row(m, 2 * r), acc_col(n, 0)),
                   in_length[m][r] ? pack<Element>(o[2 * r], o[2 * r + 1]) : 0u);
       }
@@ -165,8 +167,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     // s = q kᵀ
     float s_acc[kM][kBlockKV / 8][4];
     clear(s_acc);
-    gemm<kHeadDim / 16>(s_acc, RowsOf<QTile>{q_smem, warp_row},
-                                 TransposedRight<KTile>{k_smem, 0});
+    gemm<kHeadDim / 16>(s_acc, RowsOf<QTile>{q_smem, warp_row}, TransposedRight<KTile>{k_smem, 0});
 
     cp_async_wait<0>();
     // V is here, and every warp has finished with K

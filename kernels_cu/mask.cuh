@@ -1,5 +1,6 @@
-// Which keys a query sees. causal, window, offset and lengths all come down to one interval of keys per
-// query, whose two ends never decrease from one query to the next; so tiles have ranges in both directions.
+// Which keys a query sees. causal, window, offset and lengths all come down to one interval of keys
+// per query, whose two ends never decrease from one query to the next; so tiles have ranges in both
+// directions.
 #pragma once
 #include "params.cuh"
 #include "rows.cuh"
@@ -19,7 +20,8 @@ struct Mask {
     kv_len = p.kv_lens ? clamp(p.kv_lens[batch], 0, p.seqlen_k) : p.seqlen_k;
     i64 offset = p.offset_is_given ? p.offset : (i64)kv_len - q_len;
     if (p.offsets) offset = p.offsets[batch];
-    // Beyond these ends nothing changes, and 0 <= i < Sq keeps i + first and i + last + 1 in 32 bits.
+    // Beyond these ends nothing changes, and 0 <= i < Sq keeps i + first and i + last + 1 in 32
+    // bits.
     first = clamp(offset - p.window_left, -p.seqlen_q, p.seqlen_k);
     last = clamp(offset + p.window_right, -p.seqlen_q - 1, p.seqlen_k);
   }
@@ -56,11 +58,12 @@ struct Mask {
     return {ceil_div(begin, block_kv), end / block_kv};
   }
 
-  // Query tiles that visit the key tile [key, key + block_kv): the same relation from the other side.
+  // Query tiles that visit the key tile [key, key + block_kv): the same relation from the other
+  // side.
   DEVICE Interval query_tiles(int key, int block_q, int block_kv) const {
     if (key >= kv_len) return {0, 0};
-    const int begin = clamp((i64)key - last, 0, q_len);              // i + last >= key
-    const int end = clamp((i64)key + block_kv - first, 0, q_len);    // i + first < key + block_kv
+    const int begin = clamp((i64)key - last, 0, q_len);            // i + last >= key
+    const int end = clamp((i64)key + block_kv - first, 0, q_len);  // i + first < key + block_kv
     if (begin >= end) return {0, 0};
     return {begin * rows.group / block_q, ceil_div(end * rows.group, block_q)};
   }

@@ -1,18 +1,19 @@
-// inf and NaN in a partly visible tile. A product p v multiplies what a row does not see by p = 0, and
-// 0 inf and 0 NaN are NaN. So where such a tile holds any (practically never), each row first adds those
-// that it sees, then the tile loses them all, then the product runs as always.
+// inf and NaN in a partly visible tile. A product p v multiplies what a row does not see by p = 0,
+// and 0 inf and 0 NaN are NaN. So where such a tile holds any (practically never), each row first
+// adds those that it sees, then the tile loses them all, then the product runs as always.
 #pragma once
 #include "gemm.cuh"
 
-// Whether this thread copied inf or NaN into the tile: asked between its copies' arrival and the barrier
-// that shows them to the others, which can carry the answer (__syncthreads_or).
+// Whether this thread copied inf or NaN into the tile: asked between its copies' arrival and the
+// barrier that shows them to the others, which can carry the answer (__syncthreads_or).
 template <int kThreads, class Tile>
 DEVICE bool copied_non_finite(const Tile& tile) {
   bool found = false;
   for_each_own_vector<kThreads, Tile, 1>([&](int row, int col) {
 #pragma unroll
     for (int e = 0; e < ceil_div(kVec, 2); e++) {
-      // A vector of one element: its pair's other half is another thread's and may not be there yet.
+      // A vector of one element: its pair's other half is another thread's and may not be there
+      // yet.
       const u32 address = tile.address(row, col + 2 * e);
       const u32 pair = kVec == 1 ? ld_shared_u16(address) : ld_shared_u32(address);
       found |= !is_finite(pair) || !is_finite(pair >> 16);
@@ -27,7 +28,8 @@ DEVICE void add_non_finite(float (&acc)[kM][kN][4], const Tile& tile, int first_
                            const Visible& visible) {
 #pragma unroll 1
   for (int row = 0; row < Tile::kRows; row++) {
-    const int warp_col = opaque(first_col);  // hoisted column addresses would spill in the main loop
+    const int warp_col =
+        opaque(first_col);  // hoisted column addresses would spill in the main loop
     bool sees[kM][2];
 #pragma unroll
     for (int m = 0; m < kM; m++)

@@ -1,5 +1,6 @@
-// What a launch hands over, by value. cuflash/_params.py packs the same bytes; every kernel asserts the size.
-// Letters: B batch, Sq Sk lengths, Hq Hk heads of q and of k, D Dv head sizes, G = Hq / Hk the group.
+// What a launch hands over, by value. cuflash/_params.py packs the same bytes; every kernel asserts
+// the size. Letters: B batch, Sq Sk lengths, Hq Hk heads of q and of k, D Dv head sizes, G = Hq /
+// Hk the group.
 #pragma once
 #include "common.cuh"
 
@@ -24,6 +25,8 @@ struct Problem {
   int seqlen_k;
   int heads_k;
   int group;
+  u32 group_magic;  // row / group = the high half of row group_magic, shifted right by group_shift
+  int group_shift;
   int head_dim;
   int head_dim_v;
   float scale;         // multiplies q kᵀ
@@ -34,11 +37,11 @@ struct Problem {
 
 struct ForwardParams {
   Problem problem;
-  Tensor q;    // (B, Sq, Hq, D)
-  Tensor k;    // (B, Sk, Hk, D)
-  Tensor v;    // (B, Sk, Hk, Dv)
-  Tensor out;  // (B, Sq, Hq, Dv)
-  float* lse;  // (B, Hq, Sq), natural logarithm
+  Tensor q;               // (B, Sq, Hq, D)
+  Tensor k;               // (B, Sk, Hk, D)
+  Tensor v;               // (B, Sk, Hk, Dv)
+  Tensor out;             // (B, Sq, Hq, Dv)
+  float* lse;             // (B, Hq, Sq), natural logarithm
   int heads_per_section;  // (batch, key head) pairs whose keys and values share the L2 cache
   int padding;
 };
@@ -55,8 +58,8 @@ struct BackwardParams {
   Tensor dv;          // (B, Sk, Hk, Dv)
   const float* lse;   // (B, Hq, Sq)
   const float* dlse;  // (B, Hq, Sq) or null
-  float* lse_log2;    // (B, Hk, query tiles, kBlockQ): lse in base 2, +inf for rows that see nothing
-  float* delta;       // (B, Hk, query tiles, kBlockQ): sum of dout out over Dv, less dlse
-  float* dq_acc;      // (B, Hk, query tiles, kBlockQ D) in the accumulators' order
-  u32* turns;         // (1 + B Hk query tiles): work counter, then whose turn it is to add to a tile
+  float* lse_log2;  // (B, Hk, query tiles, kBlockQ): lse in base 2, +inf for rows that see nothing
+  float* delta;     // (B, Hk, query tiles, kBlockQ): sum of dout out over Dv, less dlse
+  float* dq_acc;    // (B, Hk, query tiles, kBlockQ D) in the accumulators' order
+  u32* turns;       // (1 + B Hk query tiles): work counter, then whose turn it is to add to a tile
 };

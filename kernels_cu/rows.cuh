@@ -1,5 +1,5 @@
-// The rows of one (batch, key head): every query position of every head of the group, head fastest, so
-// that a tile of rows reads K and V once for its whole group. Without a group, row = position.
+// The rows of one (batch, key head): every query position of every head of the group, head fastest,
+// so that a tile of rows reads K and V once for its whole group. Without a group, row = position.
 #pragma once
 #include "params.cuh"
 
@@ -11,15 +11,21 @@ constexpr bool kPackGroup = PACK_GROUP;
 struct Rows {
   int group;  // heads packed into the rows
   int count;  // Sq * group
+  u32 magic;  // of the division by group, which would cost many registers in the main loops
+  int shift;
 
   DEVICE explicit Rows(const Problem& p)
-      : group(kPackGroup ? p.group : 1), count(p.seqlen_q * (kPackGroup ? p.group : 1)) {}
+      : group(kPackGroup ? p.group : 1),
+        count(p.seqlen_q * group),
+        magic(p.group_magic),
+        shift(p.group_shift) {}
 
-  DEVICE int position(int row) const { return kPackGroup ? row / group : row; }
-  DEVICE int head_in_group(int row) const { return kPackGroup ? row % group : 0; }
+  DEVICE int position(int row) const { return kPackGroup ? __umulhi(row, magic) >> shift : row; }
+  DEVICE int head_in_group(int row) const { return kPackGroup ? row - position(row) * group : 0; }
   DEVICE int tiles(int block_q) const { return ceil_div(count, block_q); }
 
-  // First element of a row in x, whose data pointer already is at (batch, 0, first head of the group).
+  // First element of a row in x, whose data pointer already is at (batch, 0, first head of the
+  // group).
   template <class Element>
   DEVICE Element* pointer(Element* base, const Tensor& x, int row) const {
     return base + position(row) * x.seq_stride + head_in_group(row) * x.head_stride;

@@ -53,8 +53,8 @@ struct Work {
   int batch;
 };
 
-// Forward: sections of (batch, key head) pairs whose keys and values fit the L2 cache; inside a section the
-// last query tiles first, which under a causal mask are the longest.
+// Forward: sections of (batch, key head) pairs whose keys and values fit the L2 cache; inside a
+// section the last query tiles first, which under a causal mask are the longest.
 DEVICE Work forward_work(const Problem& p, int tiles, int heads_per_section) {
   const int heads = p.batch * p.heads_k;
   const int section = blockIdx.x / (tiles * heads_per_section);
@@ -64,8 +64,8 @@ DEVICE Work forward_work(const Problem& p, int tiles, int heads_per_section) {
   return {tiles - 1 - in_section / section_heads, head % p.heads_k, head / p.heads_k};
 }
 
-// Backward: heads fastest, so that blocks that run together rarely add to the same query tile; key tiles
-// ascending, because the first ones have the most queries under a causal mask.
+// Backward: heads fastest, so that blocks that run together rarely add to the same query tile; key
+// tiles ascending, because the first ones have the most queries under a causal mask.
 DEVICE Work backward_work(const Problem& p, u32 index) {
   const u32 heads = p.batch * p.heads_k;
   const int head = index % heads;

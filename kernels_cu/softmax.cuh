@@ -1,5 +1,5 @@
-// Scores in base 2 and the online softmax over key tiles (Milakov and Gimelshein 2018; FlashAttention,
-// Dao et al. 2022). Accumulator rows as in gemm.cuh.
+// Scores in base 2 and the online softmax over key tiles (Milakov and Gimelshein 2018;
+// FlashAttention, Dao et al. 2022). Accumulator rows as in gemm.cuh.
 #pragma once
 #include "gemm.cuh"
 #include "params.cuh"
@@ -11,34 +11,32 @@
 #define SCALE_FIRST 0
 #endif
 constexpr bool kSoftcap = SOFTCAP;
-// A scale of zero or less reverses or removes the order of the scores: apply it before the row maximum.
+// A scale of zero or less reverses or removes the order of the scores: apply it before the row
+// maximum.
 constexpr bool kScaleFirst = SCALE_FIRST;
 
-// q kᵀ to scores; base 2 is what remains after multiplying by `factor`, a positive number.
+// q kᵀ to scores, up to `factor`, a positive number: score log2(e) = factor x what transform()
+// leaves.
 struct Scores {
   float scale_log2, softcap_in, softcap_log2;
 
   DEVICE explicit Scores(const Problem& p)
       : scale_log2(p.scale_log2), softcap_in(p.softcap_in), softcap_log2(p.softcap_log2) {}
 
-  DEVICE float factor() const { return kSoftcap || kScaleFirst ? 1.f : scale_log2; }
+  DEVICE float factor() const { return kSoftcap ? softcap_log2 : kScaleFirst ? 1.f : scale_log2; }
 
   template <int kM, int kN>
   DEVICE void transform(float (&s_acc)[kM][kN][4]) const {
-    if constexpr (kSoftcap)  // c tanh(x) = c - 2 c / (1 + e^2x)
+    if constexpr (kSoftcap)  // tanh x = 1 - 2 / (1 + e^2x)
       for_each(s_acc, [&](float& s, int, int, int) {
-        s = softcap_log2 - 2.f * softcap_log2 * reciprocal_approx(1.f + exp2_approx(s * softcap_in));
+        s = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(s * softcap_in));
       });
     else if constexpr (kScaleFirst)
       for_each(s_acc, [&](float& s, int, int, int) { s *= scale_log2; });
   }
 
   // d score / d (scale q kᵀ), from a transformed score.
-  DEVICE float derivative(float s) const {
-    if constexpr (!kSoftcap) return 1.f;
-    const float tanh = s * reciprocal_approx(softcap_log2);
-    return 1.f - tanh * tanh;
-  }
+  DEVICE float derivative(float s) const { return kSoftcap ? 1.f - s * s : 1.f; }
 };
 
 template <int kM>
@@ -66,7 +64,8 @@ struct OnlineSoftmax {
         for (int n = 0; n < kN; n++)
           new_max = fmaxf(new_max, fmaxf(s_acc[m][n][2 * r], s_acc[m][n][2 * r + 1]));
         new_max = quad_max(new_max);
-        // A row that has seen no key yet has the maximum -inf; exp2(-inf - 0) is the 0 that it needs.
+        // A row that has seen no key yet has the maximum -inf; exp2(-inf - 0) is the 0 that it
+        // needs.
         const float shift = new_max == -infinity() ? 0.f : new_max * factor;
         const float rescale = exp2_approx(row_max[m][r] * factor - shift);
         row_max[m][r] = new_max;

@@ -1,5 +1,5 @@
-// A tile of 16-bit elements in shared memory, swizzled so that the eight rows of an 8x8 matrix lie in
-// different banks, and its copies from and to global memory.
+// A tile of 16-bit elements in shared memory, swizzled so that the eight rows of an 8x8 matrix lie
+// in different banks, and its copies from and to global memory.
 #pragma once
 #include "params.cuh"
 #include "ptx/math.cuh"
@@ -19,8 +19,8 @@ struct SmemTile {
   static constexpr int kPitch = kCols * 2;  // bytes
   static constexpr int kBytes = kRows * kPitch;
   static_assert(kCols % 32 == 0, "a row must be a multiple of 64 bytes");
-  // Rows of a multiple of 128 bytes start in one bank: XOR the 16-byte chunk with row % 8. Otherwise rows
-  // alternate between two halves of the banks: XOR with row / 2 % 4.
+  // Rows of a multiple of 128 bytes start in one bank: XOR the 16-byte chunk with row % 8.
+  // Otherwise rows alternate between two halves of the banks: XOR with row / 2 % 4.
   static constexpr int kSwizzle = kPitch % 128 == 0 ? 7 : 3;
   static constexpr int kSwizzleShift = kPitch % 128 == 0 ? 0 : 1;
 
@@ -31,9 +31,7 @@ struct SmemTile {
   DEVICE u32 chunk_address(int row, int chunk) const {
     return base + row * kPitch + ((chunk ^ swizzle(row)) << 4);
   }
-  DEVICE u32 address(int row, int col) const {
-    return chunk_address(row, col / 8) + col % 8 * 2;
-  }
+  DEVICE u32 address(int row, int col) const { return chunk_address(row, col / 8) + col % 8 * 2; }
 };
 
 // Calls f(row, col) for each vector of the tile that this thread copies.
@@ -41,16 +39,17 @@ template <int kThreads, class Tile, int kUnroll, class F>
 DEVICE void for_each_own_vector(const F& f) {
   constexpr int kVecsPerRow = Tile::kCols / kVec;
   constexpr int kVecs = Tile::kRows * kVecsPerRow;
+  const int thread = opaque(threadIdx.x);  // addresses kept across tiles would spill
 #pragma unroll kUnroll
   for (int i = 0; i < ceil_div(kVecs, kThreads); i++) {
-    const int index = threadIdx.x + i * kThreads;
+    const int index = thread + i * kThreads;
     if (kVecs % kThreads != 0 && index >= kVecs) break;
     f(index / kVecsPerRow, index % kVecsPerRow * kVec);
   }
 }
 
-// Global rows [0, valid_rows) of `cols` elements to the tile; all else in it becomes zero. `row_pointer`
-// gives the first element of a row and is asked for valid rows only.
+// Global rows [0, valid_rows) of `cols` elements to the tile; all else in it becomes zero.
+// `row_pointer` gives the first element of a row and is asked for valid rows only.
 template <int kThreads, class Tile, class RowPointer>
 DEVICE void load_tile(const Tile& tile, const RowPointer& row_pointer, int valid_rows, int cols) {
   for_each_own_vector<kThreads, Tile, kCopyUnroll>([&](int row, int col) {

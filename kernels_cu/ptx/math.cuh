@@ -1,4 +1,5 @@
-// Arithmetic that C++ has no name for: approximate exp2, log2 and reciprocal, packed 16-bit conversions.
+// Arithmetic that C++ has no name for: approximate exp2, log2 and reciprocal, packed 16-bit
+// conversions.
 #pragma once
 #include "element.cuh"
 

@@ -1,5 +1,6 @@
 // d += a b on the tensor cores, one warp: a 16x16 row-major, b 16x8 column-major, d 16x8 float32.
-// Lane l holds d at rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next (PTX ISA, mma.m16n8k16).
+// Lane l holds d at rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next (PTX ISA,
+// mma.m16n8k16).
 #pragma once
 #include "element.cuh"
 

@@ -1,0 +1,285 @@
+"""Exact attention and its gradient, without ever forming the matrix of scores.
+
+    out = softmax(scale q kᵀ) v        lse = log(sum(exp(scale q kᵀ)))
+
+over the keys that a query sees. The method is FlashAttention's: tiles of keys pass by while a
+running maximum and sum keep the softmax exact, and backward computes the scores again from q, k
+and lse [1]_; the work is split among blocks as in [2]_.
+
+Letters, everywhere in cuflash: B batch, Sq and Sk lengths of q and of k and v, Hq and Hk their
+heads, D head size of q and k, Dv head size of v. Query head h reads key head h // (Hq // Hk).
+
+.. [1] T. Dao, D. Y. Fu, S. Ermon, A. Rudra, C. Ré, "FlashAttention: Fast and Memory-Efficient Exact
+   Attention with IO-Awareness", NeurIPS 2022, arXiv:2205.14135.
+.. [2] T. Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning",
+   ICLR 2024, arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from cuflash import cpu
+from cuflash._problem import GradientProblem, Gradients, Problem
+from cuflash.interop import receive
+
+Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__
+Integers = Any  # such an array of integers, or a sequence of int
+Window = tuple[int | None, int | None]
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    offset: int | Integers | None = None,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_lens: Integers | None = None,
+    kv_lens: Integers | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    return_lse: bool = False,
+    out: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Attend: each query takes the mean of the values, weighted by the softmax of its scores.
+
+    All arrays are of one kind (NumPy, CuPy, torch, JAX, or anything with ``__dlpack__``) and on one
+    device, and so is the result, which is computed in order with the caller's current stream.
+    Strides are free as long as the last axis is contiguous: a (B, H, S, D) array is passed as
+    ``x.swapaxes(1, 2)`` and is not copied.
+
+    Parameters
+    ----------
+    q : array (B, Sq, Hq, D)
+        Queries: float16 or bfloat16, on the CPU also float32 or float64. D is at least 1, and at
+        most 256 on a GPU.
+    k : array (B, Sk, Hk, D)
+        Keys, of q's dtype. Hq is a multiple of Hk.
+    v : array (B, Sk, Hk, Dv)
+        Values, of q's dtype. Dv need not be D; the same limits hold.
+    causal : bool
+        Query i sees key j only where j <= i + offset.
+    offset : int, or (B,) integers
+        Where a query stands among the keys, in keys. By default the batch entry's key length less
+        its query length, so that the last query sees the last key; 0 lets the first query see the
+        first key.
+    window : (left, right)
+        Query i sees key j only where i + offset - left <= j <= i + offset + right. Each is an int,
+        at least 0, or None for unbounded; with `causal`, right is 0.
+    scale : float
+        Multiplies the products of q and k; by default 1 / sqrt(D).
+    softcap : float
+        c: a scaled score s becomes c * tanh(s / c). None or 0: none.
+    q_lens, kv_lens : (B,) integers
+        How many queries and keys of each batch entry are valid. What lies past them is never used:
+        past q_lens out is 0 and lse is -inf. Values on the host are checked; values on a GPU are
+        read there, and clipped to the arrays' lengths.
+    mask : bool array that broadcasts to (B, Hq, Sq, Sk)
+        True where the query sees the key, if all else lets it. CPU only.
+    bias : array that broadcasts to (B, Hq, Sq, Sk)
+        Added to the scaled and capped scores; of q's dtype or lse's. CPU only.
+    return_lse : bool
+        Also return lse.
+    out : array (B, Sq, Hq, Dv)
+        Write the result here. Of q's dtype, and overlaps no input.
+
+    Returns
+    -------
+    out : array (B, Sq, Hq, Dv), of q's dtype
+        Accumulated in float32 (float64 for float64). A query that sees no key gets 0.
+    lse : array (B, Hq, Sq), float32 (float64 for float64), if `return_lse`
+        Natural logarithm of the sum of the exponentials of the row's scores, -inf for a query that
+        sees no key: what `attention_backward` and `merge` need.
+
+    Raises
+    ------
+    TypeError
+        An argument is no array, or arrays differ in kind or dtype, or a dtype is not supported.
+    ValueError
+        Arrays lie on different devices, or a shape, a stride or a value is not possible.
+    NotImplementedError
+        The GPU kernels do not have it: a head size over 256, `mask`, `bias`.
+
+    Notes
+    -----
+    While a CUDA graph is captured give lengths and per-batch offsets as GPU arrays: a copy from the
+    host would be captured with them.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q = np.zeros((1, 2, 1, 8), np.float32)  # two queries, equal scores for all keys
+    >>> k = np.ones((1, 3, 1, 8), np.float32)
+    >>> v = np.array([1, 2, 6], np.float32).reshape(1, 3, 1, 1)
+    >>> cuflash.attention(q, k, v).ravel().round(3)
+    array([3., 3.], dtype=float32)
+    >>> cuflash.attention(q, k, v, causal=True).ravel().round(3)  # query 0 does not see key 2
+    array([1.5, 3. ], dtype=float32)
+    """
+    return _forward("attention", locals())
+
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    dlse: Array | None = None,
+    causal: bool = False,
+    offset: int | Integers | None = None,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_lens: Integers | None = None,
+    kv_lens: Integers | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    deterministic: bool = True,
+) -> Gradients:
+    """The gradients of `attention`'s inputs, from the gradient of its result.
+
+    Parameters
+    ----------
+    dout : array (B, Sq, Hq, Dv)
+        Gradient of the loss with respect to out, of q's dtype, contiguous along the last axis.
+    q, k, v : arrays
+        What `attention` was given, and so for the options that both have.
+    out, lse : arrays (B, Sq, Hq, Dv) and (B, Hq, Sq)
+        What ``attention(..., return_lse=True)`` returned.
+    dlse : array (B, Hq, Sq), of lse's dtype
+        Gradient of the loss with respect to lse; by default none.
+    causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias
+        As in `attention`.
+    deterministic : bool
+        The same bits from every run, also on a GPU. False may be faster there.
+
+    Returns
+    -------
+    Gradients
+        A named tuple: `dq`, `dk`, `dv`, each of its input's shape and dtype, and `dbias`, of bias's
+        shape and dtype (None without a bias). What lies past the valid lengths gets 0.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`, and where dout, out, lse or dlse do not fit q, k and v.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q = np.zeros((1, 1, 1, 4), np.float32)
+    >>> k = np.ones((1, 2, 1, 4), np.float32)
+    >>> v = np.array([1, 5], np.float32).reshape(1, 2, 1, 1)
+    >>> out, lse = cuflash.attention(q, k, v, return_lse=True)
+    >>> grads = cuflash.attention_backward(np.ones_like(out), q, k, v, out, lse)
+    >>> grads.dv.ravel().round(3)  # both keys have the probability 1 / 2
+    array([0.5, 0.5], dtype=float32)
+    """
+    return _backward("attention_backward", locals())
+
+
+def attention_vjp(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = False,
+    offset: int | Integers | None = None,
+    window: Window | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_lens: Integers | None = None,
+    kv_lens: Integers | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    return_lse: bool = False,
+    deterministic: bool = True,
+) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
+    """`attention`, and the function that pulls a gradient of its result back to its inputs.
+
+    Parameters
+    ----------
+    q, k, v : arrays
+        As in `attention`. They, out and lse are kept until the pullback is let go, uncopied: leave
+        their contents alone until then. No scores are kept.
+    causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias, return_lse
+        As in `attention`.
+    deterministic : bool
+        As in `attention_backward`.
+
+    Returns
+    -------
+    out : array, or the pair (out, lse) if `return_lse`
+        As from `attention`.
+    pullback : callable
+        ``pullback(dout, dlse=None)`` returns the `Gradients` as `attention_backward` does.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention` and, from the pullback, as `attention_backward`.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
+    >>> out, pullback = cuflash.attention_vjp(q, k, v, causal=True)
+    >>> dq, dk, dv, dbias = pullback(np.ones_like(out))
+    >>> round(float(dv.sum()), 3), out.size  # the probabilities of a query sum to 1
+    (24.0, 24)
+    """
+    return _vjp("attention_vjp", locals())
+
+
+# The public functions hand on locals(), every argument under its name, so that none is forgotten.
+
+
+def _forward(function: str, arguments: dict[str, Any]) -> Array | tuple[Array, Array]:
+    with receive(function, ("q", "k", "v"), arguments) as call:
+        return_lse = call.arguments.pop("return_lse")
+        problem = call.upload(Problem.create(function, call.device, **call.arguments))
+        out, lse = _backend(call.device).forward(problem)
+        out = call.give(out) if problem.out is None else arguments["out"]
+        return (out, call.give(lse)) if return_lse else out
+
+
+def _backward(function: str, arguments: dict[str, Any]) -> Gradients:
+    own = ("dout", "out", "lse", "dlse", "deterministic")
+    with receive(function, ("q", "k", "v", "dout", "out", "lse"), arguments) as call:
+        results = {name: call.arguments.pop(name) for name in own}
+        forward = call.upload(Problem.create(function, call.device, **call.arguments))
+        gradient = GradientProblem.create(function, forward, **results)
+        return Gradients(*map(call.give, _backend(call.device).backward(gradient)))
+
+
+def _vjp(
+    function: str, arguments: dict[str, Any]
+) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
+    options = dict(arguments)
+    return_lse, deterministic = options.pop("return_lse"), options.pop("deterministic")
+    out, lse = _forward(function, {**options, "return_lse": True})
+
+    def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
+        results = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
+        return _backward(function, {**options, **results, "deterministic": deterministic})
+
+    return ((out, lse) if return_lse else out), pullback
+
+
+@cache
+def _backend(device: str) -> ModuleType:
+    if device == "cpu":
+        return cpu
+    from cuflash import _launch  # needs CuPy
+
+    return _launch

@@ -1,0 +1,82 @@
+"""python -m cuflash check: this GPU's results against the float64 reference, one line a problem."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+import cuflash
+from cuflash.cli.cases import Arrays, Case, spread
+from cuflash.cli.gpus import require_gpu
+from cuflash.cli.oracle import expect
+from cuflash.cli.progress import progress, say
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser("check", help="is this GPU's result right? against float64")
+    parser.add_argument("--quick", action="store_true", help="every sixth problem")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    cupy = require_gpu("check")
+    start = time.perf_counter()
+    cases = list(spread(options.quick))
+    failed = 0
+    for case in progress(cases, len(cases), "problem"):
+        faults, figures = check(case, cupy)
+        failed += bool(faults)
+        say(f"{'FAIL' if faults else 'pass'}  {case}  {figures}  {'; '.join(faults)}".rstrip())
+    seconds = time.perf_counter() - start
+    print(f"{len(cases) - failed} passed, {failed} failed, {seconds:.0f} s")
+    return 1 if failed else 0
+
+
+def check(case: Case, xp: Any) -> tuple[list[str], str]:
+    """What is wrong with a problem's results, and the errors beside what they may be.
+
+    Parameters
+    ----------
+    case : the problem
+    xp : cupy, or numpy for the cpu backend
+    """
+    arrays = case.arrays()
+    try:
+        found = _run(case, xp, arrays)
+        again = _run(case, xp, arrays)
+    except Exception as error:  # whatever it is, the other problems are still to be checked
+        return [f"{type(error).__name__}: {error}".splitlines()[0]], ""
+    bounds = expect(*arrays, case.options)
+    errors = {name: bound.error(found[name]) for name, bound in bounds.items()}
+    faults = [
+        f"{name} is off by {error:.2g}, allowed {bounds[name].allowed:.2g}"
+        for name, error in errors.items()
+        if not error <= bounds[name].allowed
+    ]
+    repeatable = found if case.deterministic else ("out", "lse")
+    faults += [
+        f"{name} differs from run to run"
+        for name in repeatable
+        if found[name].tobytes() != again[name].tobytes()
+    ]
+    figures = (f"{name} {error:.1e}/{bounds[name].allowed:.1e}" for name, error in errors.items())
+    return faults, " ".join(figures)
+
+
+def _run(case: Case, xp: Any, arrays: Arrays) -> dict[str, np.ndarray]:
+    """Forward and backward on xp's device; the results as NumPy arrays."""
+    q, k, v, dout = (case.place(array, xp) for array in arrays[:4])
+    dlse = xp.asarray(arrays[4])
+    options = {
+        name: xp.asarray(value) if isinstance(value, np.ndarray) else value
+        for name, value in case.options.items()
+    }
+    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+    gradients = cuflash.attention_backward(
+        dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **options
+    )
+    results = {"out": out, "lse": lse, "dq": gradients.dq, "dk": gradients.dk, "dv": gradients.dv}
+    return {n: x if xp is np else xp.asnumpy(x) for n, x in results.items()}

@@ -1,0 +1,129 @@
+"""python -m cuflash compile: fill the cache, with or without a GPU and its driver."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from cuflash import _jit, _plan
+from cuflash._plan import Kernel
+from cuflash.cli.gpus import CommandError, find_gpus
+from cuflash.cli.progress import progress, say
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one kernel."""
+
+    kernel: Kernel
+    error: str = ""
+    seconds: float = 0.0  # 0: it was there
+    resources: _jit.Resources | None = None
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "compile", help="fill the kernel cache; needs no GPU and no driver"
+    )
+    add = parser.add_argument
+    add("--arch", nargs="+", metavar="sm_80", help="architectures (default: of the GPUs here)")
+    add("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
+    add("--head-dim", nargs="+", type=int, default=[64, 128], help="of q and k (default: 64 128)")
+    add("--head-dim-v", type=int, help="of v (default: that of q and k)")
+    add(
+        "--group", "--gqa", nargs="+", type=int, default=[1], help="q heads per k head (default: 1)"
+    )
+    add("--softcap", action="store_true", help="kernels that cap the scores")
+    add("--forward-only", action="store_true", help="leave the gradients out")
+    add("--nondeterministic", action="store_true", help="gradients of deterministic=False")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    archs = options.arch or _archs_here()
+    kernels = list(dict.fromkeys(k for arch in archs for k in _kernels(arch, options)))
+    outcomes = []
+    for outcome in progress(_compile_all(kernels, options.jobs), len(kernels), "kernel"):
+        say(_line(outcome))
+        outcomes.append(outcome)
+    failed = sum(bool(outcome.error) for outcome in outcomes)
+    compiled = sum(outcome.seconds > 0 and not outcome.error for outcome in outcomes)
+    print(
+        f"{len(kernels)} kernels for {', '.join(archs)}: {compiled} compiled, "
+        f"{len(kernels) - compiled - failed} were there, {failed} failed; "
+        f"{time.perf_counter() - start:.1f} s; {_jit.cache_dir()}"
+    )
+    return 1 if failed else 0
+
+
+def _archs_here() -> list[str]:
+    gpus, reason = find_gpus()
+    if not gpus:
+        raise CommandError(
+            "compile needs to know for which GPUs: name architectures, as --arch sm_80 sm_90, "
+            f"for there is none here to ask ({reason})"
+        )
+    return sorted({gpu.arch for gpu in gpus})
+
+
+def _kernels(arch: str, options: argparse.Namespace) -> Iterator[Kernel]:
+    try:
+        for dtype in options.dtype:
+            for head_dim in options.head_dim:
+                for group in options.group:
+                    yield from _plan.kernels_for(
+                        arch,
+                        dtype,
+                        head_dim,
+                        options.head_dim_v or head_dim,
+                        group=group,
+                        softcap=options.softcap,
+                        backward=not options.forward_only,
+                        deterministic=not options.nondeterministic,
+                    )
+    except (NotImplementedError, ValueError) as error:
+        raise CommandError(f"compile: {error}") from error
+
+
+def _compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Outcome]:
+    """NVRTC compiles one kernel at a time within a process, so there are several processes."""
+    try:
+        _jit.nvrtc_version()
+    except ImportError as error:
+        raise CommandError(f"compile: {str(error).removeprefix('cuflash: ')}") from error
+    if jobs == 1:
+        yield from map(_compile, kernels)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        for future in as_completed([pool.submit(_compile, kernel) for kernel in kernels]):
+            yield future.result()
+
+
+def _compile(kernel: Kernel) -> Outcome:
+    try:
+        cubin = _jit.cached_cubin(kernel)
+    except (_jit.CompileError, NotImplementedError, FileNotFoundError) as error:
+        return Outcome(kernel, error=str(error))
+    if cubin.path is None:
+        return Outcome(kernel, error=f"{_jit.cache_dir()} cannot be written")
+    return Outcome(kernel, seconds=cubin.seconds, resources=cubin.resources)
+
+
+def _line(outcome: Outcome) -> str:
+    kernel = outcome.kernel
+    constants = " ".join(f"{name}={value}" for name, value in kernel.constants)
+    name = f"{kernel.arch} {kernel.source} {constants}"
+    if outcome.resources is None:
+        return f"{name}: FAILED: {outcome.error}"
+    took = f"{outcome.seconds:.1f} s" if outcome.seconds else "was there"
+    spills = outcome.resources.spill_bytes
+    return f"{name}: {took}, {outcome.resources.registers} registers, {spills} bytes spilled"

@@ -1,0 +1,103 @@
+"""How far off a result may be: twice the error of the textbook computed in the inputs' dtype.
+
+To that comes one rounding of the result itself, and what float32 leaves of a sum that is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cuflash import reference
+from cuflash._problem import Gradients
+
+FLOAT32_RESIDUE = 2e-5  # of sums of products of standard normal numbers, in absolute terms
+LSE_TOLERANCE = 1e-5  # lse is float32 throughout; relative where it is over 1
+
+VISIBILITY = ("causal", "offset", "window", "q_lens", "kv_lens", "mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """One array as it should be, and how far off it may be."""
+
+    exact: np.ndarray  # float64
+    roundoff: float  # relative, of one rounding to the array's dtype
+    allowed: float
+
+    def error(self, found: np.ndarray) -> float:
+        """The largest deviation beyond a rounding; NaN where one side alone is NaN."""
+        found = np.asarray(found).astype(np.float64)
+        if found.shape != self.exact.shape:
+            return float("nan")
+        same = (found == self.exact) | (np.isnan(found) & np.isnan(self.exact))
+        with np.errstate(invalid="ignore"):
+            deviation = np.abs(found - self.exact) - self.roundoff * np.abs(self.exact)
+        return float(np.where(same, 0.0, deviation).max(initial=0.0))
+
+
+def expect(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    dout: np.ndarray,
+    dlse: np.ndarray | None,
+    options: dict[str, Any],
+) -> dict[str, Bound]:
+    """Bounds of out, lse, dq, dk and dv, by name; `options` are those of cuflash.reference."""
+    out, lse = reference.attention(q, k, v, **options)
+    gradients = reference.attention_backward(dout, q, k, v, dlse=dlse, **options)
+    textbook_out, textbook_gradients = textbook(q, k, v, dout, dlse, options)
+    largest_lse = np.abs(lse[np.isfinite(lse)]).max(initial=1.0)
+    bounds = {
+        "out": _bound(out, textbook_out, q.dtype),
+        "lse": Bound(lse, 0.0, LSE_TOLERANCE * largest_lse),
+    }
+    for name in ("dq", "dk", "dv"):
+        exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
+        bounds[name] = _bound(exact, rounded, q.dtype)
+    return bounds
+
+
+def textbook(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    dout: np.ndarray,
+    dlse: np.ndarray | None,
+    options: dict[str, Any],
+) -> tuple[np.ndarray, Gradients]:
+    """The reference's formulas, each matrix between two products rounded to the inputs' dtype."""
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).astype(np.float64)
+
+    dtype, group = q.dtype, reference._group(q, k)
+    visible = reference._visible(q, k, *(options.get(name) for name in VISIBILITY))
+    scale = reference._scale(options.get("scale"), q)
+    q, dout = (reference._heads_first(x, options.get("q_lens")) for x in (q, dout))
+    k, v = (reference._heads_first(x, options.get("kv_lens"), group) for x in (k, v))
+    scores, slope = reference._scores(q, k, scale, options.get("softcap"), None)
+    probs = rounded(reference._softmax(rounded(scores), visible)[0])
+    out = rounded(probs @ v)
+
+    dprobs = np.where(visible, rounded(dout @ v.swapaxes(2, 3)), 0)
+    dscores = dprobs - (dout * out).sum(axis=3, keepdims=True)
+    if dlse is not None:
+        dscores = dscores + np.asarray(dlse, np.float64)[..., None]
+    dproducts = rounded(np.where(visible, scale * slope * probs * dscores, 0))
+    gradients = Gradients(
+        dq=rounded(dproducts @ k).swapaxes(1, 2),
+        dk=rounded(reference._sum_groups(dproducts.swapaxes(2, 3) @ q, group)).swapaxes(1, 2),
+        dv=rounded(reference._sum_groups(probs.swapaxes(2, 3) @ dout, group)).swapaxes(1, 2),
+    )
+    return out.swapaxes(1, 2), gradients
+
+
+def _bound(exact: np.ndarray, textbook: np.ndarray, dtype: np.dtype) -> Bound:
+    roundoff = float(ml_dtypes.finfo(dtype).eps) / 2
+    worst = np.abs(textbook - exact).max(initial=0.0)
+    return Bound(exact, roundoff, 2 * float(worst) + FLOAT32_RESIDUE)

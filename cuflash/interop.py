@@ -1,0 +1,363 @@
+"""Any framework's arrays in, the same kind out; between the two stand NumPy and CuPy arrays.
+
+A framework is known by the class of its arrays: none is imported that the caller has not imported.
+Arrays are shared, not copied, and what runs on a GPU is in order with the caller's stream.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from cuflash import _dlpack
+from cuflash._problem import BFLOAT16, Array, Problem
+
+Foreign = Any  # an array of the caller's kind
+
+OPTIONAL_ARRAYS = frozenset({"mask", "bias", "out", "dlse"})
+LENGTHS = frozenset({"offset", "q_lens", "kv_lens"})  # may be on the host where q is on a GPU
+
+
+class Call(NamedTuple):
+    """One call's arguments as NumPy or CuPy arrays, and the way back to the caller's kind."""
+
+    arguments: dict[str, Any]
+    device: str  # "cpu" or "cuda"
+    framework: Framework
+    like: Foreign  # one of the caller's arrays
+    host_lengths: list[str]  # the arguments that are lengths or offsets on the host
+
+    @property
+    def xp(self) -> ModuleType:
+        """The library of the arguments' arrays: numpy or cupy."""
+        return np if self.device == "cpu" else _cupy()
+
+    def upload(self, problem: Problem) -> Problem:
+        """Bring lengths and offsets that the caller gave as host values to a GPU's problem."""
+        if self.device == "cpu" or not self.host_lengths:
+            return problem
+        # CuPy stages small host arrays in pinned memory: the copy waits for nothing.
+        arrays = {name: getattr(problem, name) for name in self.host_lengths}
+        host = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
+        return replace(problem, **{name: _cupy().asarray(x) for name, x in host.items()})
+
+    def give(self, array: Array | None) -> Foreign:
+        """A result as the caller's kind of array."""
+        return None if array is None else self.framework.give(array, self.like)
+
+
+@contextmanager
+def receive(function: str, required: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[Call]:
+    """Within the block CuPy's current device and stream are the caller's.
+
+    The `required` arguments must be arrays, all of one kind and on one device, and the optional
+    arrays like them. Lengths and offsets may also be host values; all else passes through.
+    """
+    like = arguments[required[0]]
+    home = framework, place = _locate(function, required[0], like)
+    received = dict(arguments)
+    sources: dict[str, Framework] = {}
+    host_lengths = []
+    for name, x in arguments.items():
+        if x is None and name not in required:
+            continue
+        if name in required or name in OPTIONAL_ARRAYS:
+            if type(x) is not type(like) or framework.place(x) != place:
+                _check_home(function, required[0], home, name, _locate(function, name, x))
+            sources[name] = framework
+        elif name in LENGTHS:
+            if isinstance(x, (list, tuple, range)):
+                x = received[name] = _host_integers(function, name, x)
+            if hasattr(x, "__dlpack__"):
+                found = _locate(function, name, x)
+                if found[1] == "cpu":
+                    host_lengths.append(name)
+                else:
+                    _check_home(function, required[0], home, name, found)
+                sources[name] = found[0]
+    if "out" in sources and "out" not in required and not framework.writable:
+        raise TypeError(
+            f"cuflash.{function}: out is a {framework.kind}, which cannot be written; "
+            "expected no out"
+        )
+    with framework.context(place):
+        for name, source in sources.items():
+            received[name] = _share(function, name, source, received[name])
+        yield Call(received, "cpu" if place == "cpu" else "cuda", framework, like, host_lengths)
+
+
+class Framework(Protocol):
+    """What one framework's arrays need."""
+
+    kind: str  # as error messages call them
+    writable: bool
+
+    def place(self, x: Foreign) -> str:
+        """Where x lies: "cpu", "cuda:N", or the name of a device that cuflash does not know."""
+
+    def receive(self, x: Foreign) -> Array:
+        """The same memory as a NumPy or CuPy array."""
+
+    def give(self, array: Array, like: Foreign) -> Foreign:
+        """The same memory as the framework's array, on the device of `like`."""
+
+    def context(self, place: str) -> AbstractContextManager[Any]:
+        """Makes the device and the caller's stream CuPy's current ones."""
+
+
+class _NumPy:
+    kind = "numpy.ndarray"
+    writable = True
+
+    def place(self, x: np.ndarray) -> str:
+        return "cpu"
+
+    def receive(self, x: np.ndarray) -> np.ndarray:
+        return np.asarray(x)  # subclasses become plain arrays
+
+    def give(self, array: np.ndarray, like: np.ndarray) -> np.ndarray:
+        return array
+
+    def context(self, place: str) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class _CuPy:
+    kind = "cupy.ndarray"
+    writable = True
+
+    def place(self, x: Array) -> str:
+        return f"cuda:{x.data.device_id}"
+
+    def receive(self, x: Array) -> Array:
+        return x
+
+    def give(self, array: Array, like: Array) -> Array:
+        return array
+
+    def context(self, place: str) -> AbstractContextManager[Any]:
+        return _cuda_device(place)
+
+
+class _Torch:
+    kind = "torch.Tensor"
+    writable = True
+
+    def place(self, x: Foreign) -> str:
+        return str(x.device)
+
+    def receive(self, x: Foreign) -> Array:
+        torch = sys.modules["torch"]
+        x = x.detach()  # who differentiates does it by attention_vjp
+        if x.device.type == "cuda":
+            return _cupy().from_dlpack(x)
+        if x.dtype == torch.bfloat16:
+            return x.view(torch.int16).numpy().view(BFLOAT16)
+        return x.numpy()
+
+    def give(self, array: Array, like: Foreign) -> Foreign:
+        torch = sys.modules["torch"]
+        if not isinstance(array, np.ndarray):
+            return torch.from_dlpack(array)
+        if array.dtype == BFLOAT16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    @contextmanager
+    def context(self, place: str) -> Iterator[None]:
+        if place == "cpu":
+            yield
+            return
+        stream = _Stream(sys.modules["torch"].cuda.current_stream(_ordinal(place)).cuda_stream)
+        with _cuda_device(place), _cupy().cuda.Stream.from_external(stream):
+            yield
+
+
+class _Stream:
+    """A stream's address in the CUDA stream protocol, which torch itself speaks only lately."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return (0, self.address)  # version of the protocol, cudaStream_t
+
+
+class _Jax:
+    kind = "jax.Array"
+    writable = False
+
+    def place(self, x: Foreign) -> str:
+        devices = x.devices()
+        if len(devices) > 1:
+            return f"{len(devices)} devices"
+        (device,) = devices
+        if device.platform == "cpu":
+            return "cpu"
+        if device.platform in ("gpu", "cuda"):
+            return f"cuda:{x.__dlpack_device__()[1]}"
+        return str(device)
+
+    def receive(self, x: Foreign) -> Array:
+        return np.asarray(x) if self.place(x) == "cpu" else _cupy().from_dlpack(x)
+
+    def give(self, array: Array, like: Foreign) -> Foreign:
+        jax = sys.modules["jax"]
+        if isinstance(array, np.ndarray):
+            return jax.device_put(array, *like.devices())
+        return jax.dlpack.from_dlpack(array)
+
+    def context(self, place: str) -> AbstractContextManager[Any]:
+        return nullcontext() if place == "cpu" else _finished_on(place)
+
+
+class _DLPack:
+    """Arrays of a class that has __dlpack__ and __dlpack_device__ and is known for nothing else."""
+
+    writable = True
+
+    def __init__(self, array_class: type) -> None:
+        self.kind = _class_name(array_class)
+
+    def place(self, x: Foreign) -> str:
+        device_type, ordinal = x.__dlpack_device__()
+        if device_type == _dlpack.CPU:
+            return "cpu"
+        if device_type in _dlpack.CUDA:
+            return f"cuda:{ordinal}"
+        return f"a device of DLPack's type {int(device_type)}"
+
+    def receive(self, x: Foreign) -> Array:
+        if self.place(x) != "cpu":
+            return _cupy().from_dlpack(x)
+        return _dlpack.to_numpy(x)
+
+    def give(self, array: Array, like: Foreign) -> Foreign:
+        """By the from_dlpack of the class's own library; where it has none, the array itself."""
+        from_dlpack = getattr(_library(like), "from_dlpack", None)
+        if from_dlpack is None:
+            return array
+        return from_dlpack(_dlpack.exporter(array) if isinstance(array, np.ndarray) else array)
+
+    def context(self, place: str) -> AbstractContextManager[Any]:
+        return nullcontext() if place == "cpu" else _finished_on(place)
+
+
+_FRAMEWORKS: dict[tuple[str, str], Framework] = {  # by package and name of the arrays' class
+    ("numpy", "ndarray"): _NumPy(),
+    ("cupy", "ndarray"): _CuPy(),
+    ("torch", "Tensor"): _Torch(),
+    ("jax", "ArrayImpl"): _Jax(),
+    ("jaxlib", "ArrayImpl"): _Jax(),
+}
+_REFUSED = {
+    ("numpy", "MaskedArray"): "expected a plain array; mask= and kv_lens= say what is not seen",
+    ("jax", "Tracer"): "expected a concrete array; jax.pure_callback brings one out of a jit",
+}
+
+
+@lru_cache(maxsize=256)
+def _framework(array_class: type) -> Framework | str:
+    """The framework of a class, or what to say where there is none."""
+    for base in array_class.__mro__:
+        key = (base.__module__.partition(".")[0], base.__name__)
+        if key in _REFUSED:
+            return _REFUSED[key]
+        if key in _FRAMEWORKS:
+            return _FRAMEWORKS[key]
+    if hasattr(array_class, "__dlpack__") and hasattr(array_class, "__dlpack_device__"):
+        return _DLPack(array_class)
+    return "expected an array of NumPy, CuPy, torch, JAX, or anything with __dlpack__"
+
+
+def _locate(function: str, name: str, x: Foreign) -> tuple[Framework, str]:
+    """The framework of an array and the device that it lies on."""
+    framework = _framework(type(x))
+    if isinstance(framework, str):
+        found = "None" if x is None else f"a {_class_name(type(x))}"
+        raise TypeError(f"cuflash.{function}: {name} is {found}; {framework}")
+    place = framework.place(x)
+    if not place.startswith(("cpu", "cuda:")):
+        raise ValueError(
+            f"cuflash.{function}: {name} is a {framework.kind} on {place}; expected cpu or cuda"
+        )
+    return framework, place
+
+
+def _check_home(
+    function: str, first: str, home: tuple[Framework, str], name: str, found: tuple[Framework, str]
+) -> None:
+    """Fail unless `name` was found where `first` is."""
+    if found == home:
+        return
+    error = ValueError if home[0] is found[0] else TypeError
+    raise error(
+        f"cuflash.{function}: {first} is a {home[0].kind} on {home[1]}, "
+        f"{name} is a {found[0].kind} on {found[1]}; expected one kind on one device"
+    )
+
+
+def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:
+    try:
+        return framework.receive(x)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise TypeError(
+            f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: {error}"
+        ) from error
+
+
+def _host_integers(function: str, name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=None if len(values) else np.int64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"cuflash.{function}: {name} is {values!r}; expected one integer per batch entry"
+        ) from error
+
+
+def _class_name(array_class: type) -> str:
+    package = array_class.__module__.partition(".")[0]
+    name = array_class.__qualname__
+    return name if package == "builtins" else f"{package}.{name}"
+
+
+def _library(x: Foreign) -> Any:
+    """Where an array's from_dlpack is looked for: its array namespace, or its class's package."""
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    return sys.modules.get(type(x).__module__.partition(".")[0])
+
+
+@cache
+def _cupy() -> ModuleType:
+    try:
+        import cupy
+    except ImportError as error:
+        raise ImportError(
+            "cuflash needs CuPy for arrays on a GPU: pip install cupy-cuda13x, "
+            "or cupy-cuda12x for a driver of CUDA 12"
+        ) from error
+    return cupy
+
+
+def _ordinal(place: str) -> int:
+    return int(place.removeprefix("cuda:"))
+
+
+def _cuda_device(place: str) -> AbstractContextManager[Any]:
+    return _cupy().cuda.Device(_ordinal(place))
+
+
+@contextmanager
+def _finished_on(place: str) -> Iterator[None]:
+    """A device, and a wait at the end: the inputs' owner may reuse their memory on any stream."""
+    with _cuda_device(place):
+        yield
+        _cupy().cuda.get_current_stream().synchronize()

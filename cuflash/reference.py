@@ -1,0 +1,241 @@
+"""Attention as a textbook writes it: float64, one matrix of scores. The oracle of every backend.
+
+Shape letters, used everywhere: B batch, Sq/Sk lengths, Hq/Hk heads of q and of k/v, D head size of
+q and k, Dv head size of v. Query head h reads key head h // (Hq // Hk).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cuflash._problem import Gradients
+
+
+def attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    causal: bool = False,
+    offset: int | np.ndarray | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_lens: np.ndarray | None = None,
+    kv_lens: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attend, and keep the logarithm of each row's sum of exponentials.
+
+    Parameters
+    ----------
+    q, k, v : arrays (B, Sq, Hq, D), (B, Sk, Hk, D) and (B, Sk, Hk, Dv) of any floating dtype
+    causal : whether query i sees key j only where j <= i + offset
+    offset : int or (B,) integers; by default the key length less the query length
+    window : (left, right): query i sees keys i + offset - left to i + offset + right, both
+        included; None is unbounded
+    scale : multiplies q·k; by default 1 / sqrt(D)
+    softcap : c: scores become c * tanh(scores / c)
+    q_lens, kv_lens : (B,) integers, the valid rows and keys; what lies past them is never read
+    mask : boolean, True where attended, broadcast to (B, Hq, Sq, Sk)
+    bias : added to the scores after softcap, broadcast to (B, Hq, Sq, Sk)
+
+    Returns
+    -------
+    out, lse : float64 arrays (B, Sq, Hq, Dv) and (B, Hq, Sq); a row that sees no key has 0 and -inf
+
+    Examples
+    --------
+    Two equal keys share the attention; a causal first row sees only the first of them.
+
+    >>> q = k = np.ones((1, 2, 1, 1))
+    >>> v = np.array([10.0, 20.0]).reshape(1, 2, 1, 1)
+    >>> out, lse = attention(q, k, v, causal=True)
+    >>> out.ravel().tolist()
+    [10.0, 15.0]
+    >>> (lse - 1).round(6).ravel().tolist()
+    [0.0, 0.693147]
+    """
+    visible = _visible(q, k, causal, offset, window, q_lens, kv_lens, mask)
+    group = _group(q, k)
+    q = _heads_first(q, q_lens)
+    k, v = (_heads_first(x, kv_lens, group) for x in (k, v))
+    scores, _ = _scores(q, k, _scale(scale, q), softcap, bias)
+    probs, lse = _softmax(scores, visible)
+    return _sum_over_visible(probs, v, visible).swapaxes(1, 2), lse
+
+
+def attention_backward(
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    dlse: np.ndarray | None = None,
+    causal: bool = False,
+    offset: int | np.ndarray | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    q_lens: np.ndarray | None = None,
+    kv_lens: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+) -> Gradients:
+    """Pull a gradient of (out, lse) back to the inputs.
+
+    Parameters
+    ----------
+    dout : array (B, Sq, Hq, Dv), the gradient of out
+    dlse : array (B, Hq, Sq), the gradient of lse; none by default
+    q, k, v and the options : as given to `attention`
+
+    Returns
+    -------
+    Gradients : dq, dk, dv and, where there is a bias, dbias: float64, each of its input's shape
+
+    Examples
+    --------
+    The value of a key that takes half of the attention gets half of the gradient.
+
+    >>> q = k = v = np.ones((1, 2, 1, 1))
+    >>> attention_backward(np.ones((1, 2, 1, 1)), q, k, v).dv.ravel().tolist()
+    [1.0, 1.0]
+    >>> attention_backward(np.ones((1, 2, 1, 1)), q, k, v, causal=True).dv.ravel().tolist()
+    [1.5, 0.5]
+    """
+    visible = _visible(q, k, causal, offset, window, q_lens, kv_lens, mask)
+    visible_t = visible.swapaxes(2, 3)
+    group = _group(q, k)
+    scale = _scale(scale, q)
+    q, dout = _heads_first(q, q_lens), _heads_first(dout, q_lens)
+    k, v = (_heads_first(x, kv_lens, group) for x in (k, v))
+    scores, slope = _scores(q, k, scale, softcap, bias)
+    probs, _ = _softmax(scores, visible)
+
+    with np.errstate(invalid="ignore", over="ignore"):
+        # out = P V
+        dprobs = np.where(visible, dout @ v.swapaxes(2, 3), 0)
+        dv = _sum_over_visible(probs.swapaxes(2, 3), dout, visible_t)
+        # P = softmax(S); the derivative of lse by S is P
+        dscores = dprobs - (probs * dprobs).sum(axis=3, keepdims=True)
+        if dlse is not None:
+            dscores = dscores + np.asarray(dlse, np.float64)[..., None]
+        dscores = np.where(visible, probs * dscores, 0)
+        # S = softcap(scale q kᵀ) + bias
+        dproducts = np.where(visible, scale * slope * dscores, 0)
+        dq = _sum_over_visible(dproducts, k, visible)
+        dk = _sum_over_visible(dproducts.swapaxes(2, 3), q, visible_t)
+    return Gradients(
+        dq=dq.swapaxes(1, 2),
+        dk=_sum_groups(dk, group).swapaxes(1, 2),
+        dv=_sum_groups(dv, group).swapaxes(1, 2),
+        dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
+    )
+
+
+def _visible(
+    q: np.ndarray,
+    k: np.ndarray,
+    causal: bool,
+    offset: int | np.ndarray | None,
+    window: tuple[int | None, int | None] | None,
+    q_lens: np.ndarray | None,
+    kv_lens: np.ndarray | None,
+    mask: np.ndarray | None,
+) -> np.ndarray:
+    """(B, Hq, Sq, Sk), True where a query sees a key, straight from the definitions."""
+    (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
+
+    def per_batch(value: int | np.ndarray) -> np.ndarray:
+        # float64 holds every index exactly, and an offset of any size does not wrap around.
+        return np.asarray(value, dtype=np.float64).reshape(-1, 1, 1, 1)
+
+    i = np.arange(seqlen_q).reshape(-1, 1)
+    j = np.arange(seqlen_k)
+    q_len = per_batch(seqlen_q if q_lens is None else q_lens)
+    kv_len = per_batch(seqlen_k if kv_lens is None else kv_lens)
+    center = i + (kv_len - q_len if offset is None else per_batch(offset))
+    left, right = window or (None, None)
+
+    visible = np.ones((batch, heads, seqlen_q, seqlen_k), dtype=bool)
+    visible &= (i < q_len) & (j < kv_len)
+    if causal:
+        visible &= j <= center
+    if left is not None:
+        visible &= j >= center - left
+    if right is not None:
+        visible &= j <= center + right
+    return visible if mask is None else visible & mask
+
+
+def _group(q: np.ndarray, k: np.ndarray) -> int:
+    """Query heads that read the same key head."""
+    return q.shape[2] // k.shape[2] if k.shape[2] else 1
+
+
+def _scale(scale: float | None, q: np.ndarray) -> float:
+    return 1 / np.sqrt(q.shape[3]) if scale is None else scale
+
+
+def _heads_first(x: np.ndarray, lens: np.ndarray | None, repeat: int = 1) -> np.ndarray:
+    """(B, S, H, D) of any dtype to (B, H * repeat, S, D) of float64, zeros past the lengths."""
+    x = np.asarray(x).astype(np.float64)
+    if lens is not None:
+        past = np.arange(x.shape[1]) >= np.asarray(lens)[:, None]
+        x[past] = 0
+    return x.swapaxes(1, 2).repeat(repeat, axis=1)
+
+
+def _scores(
+    q: np.ndarray,
+    k: np.ndarray,
+    scale: float,
+    softcap: float | None,
+    bias: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray | float]:
+    """(B, Hq, Sq, Sk), scaled, capped and biased, and their derivative by scale q kᵀ."""
+    slope = 1.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        scores = scale * (q @ k.swapaxes(2, 3))
+        if softcap:
+            tanh = np.tanh(scores / softcap)
+            scores, slope = softcap * tanh, 1 - tanh**2
+        return (scores if bias is None else scores + np.asarray(bias).astype(np.float64)), slope
+
+
+def _softmax(scores: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities and lse over the visible keys; 0 and -inf in a row that sees none."""
+    scores = np.where(visible, scores, -np.inf)
+    top = scores.max(axis=3, keepdims=True, initial=-np.inf)
+    top[top == -np.inf] = 0  # nothing to see, or only scores of -inf
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        weights = np.where(visible, np.exp(scores - top), 0)
+        total = weights.sum(axis=3, keepdims=True)
+        lse = top + np.log(total)
+        return np.where(visible & (total != 0), weights / total, 0), lse[..., 0]
+
+
+def _sum_over_visible(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """weights @ values without what is not visible: there the weight is 0, but 0 * NaN is NaN."""
+    if np.isfinite(values).all():
+        return weights @ values
+    out = np.empty((*weights.shape[:-1], values.shape[-1]))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for i in range(out.shape[2]):
+            terms = weights[:, :, i, :, None] * values
+            out[:, :, i] = np.where(visible[:, :, i, :, None], terms, 0).sum(axis=2)
+    return out
+
+
+def _sum_groups(x: np.ndarray, group: int) -> np.ndarray:
+    """(B, Hq, S, D) to (B, Hk, S, D): a key head collects from every query head that reads it."""
+    return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:]).sum(axis=2)
+
+
+def _sum_to_shape(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The reverse of broadcasting `shape` to x's shape."""
+    full = (1,) * (x.ndim - len(shape)) + tuple(shape)
+    axes = tuple(axis for axis, n in enumerate(full) if n == 1)
+    return x.sum(axis=axes, keepdims=True).reshape(shape)

@@ -1,0 +1,159 @@
+"""One face for every backend, for one suite: NumPy arrays in, NumPy arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+import cuflash
+from cuflash import _plan
+from cuflash._problem import GradientProblem, Gradients, Problem
+
+
+class CpuBackend:
+    """The NumPy backend, through the public functions."""
+
+    name = "cpu"
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+
+    def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        return cuflash.attention(q, k, v, return_lse=True, **options)
+
+    def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
+        return cuflash.attention_backward(dout, q, k, v, out, lse, **options)
+
+
+class GpuBackend:
+    """The kernels on the GPU at hand, through the public functions."""
+
+    name = "gpu"
+    dtypes = ("float16", "bfloat16")
+
+    def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        q, k, v = map(_to_gpu, (q, k, v))
+        out, lse = cuflash.attention(q, k, v, return_lse=True, **_options_to_gpu(options))
+        return out.get(), lse.get()
+
+    def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
+        arrays = map(_to_gpu, (dout, q, k, v, out, lse))
+        grads = cuflash.attention_backward(*arrays, **_options_to_gpu(options))
+        return Gradients(*(None if x is None else x.get() for x in grads))
+
+
+class EmulatedBackend:
+    """The kernels' PTX on the CPU, launched as on a GPU: Problem → Plan → parameters."""
+
+    dtypes = ("float16", "bfloat16")
+
+    def __init__(self, capability: int = 80, schedule: str = "lazy", seed: int = 0) -> None:
+        self.name = f"emulated-{capability}"
+        self._make_gpu = lambda inputs: EmulatedGpu(capability, schedule, seed, inputs)
+
+    def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        from cuflash import _launch
+
+        problem = Problem.create("attention", "cuda", q, k, v, **_as_arrays(options))
+        return _launch.forward(problem, self._make_gpu(_arrays_of(problem)))
+
+    def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
+        from cuflash import _launch
+
+        dlse = options.pop("dlse", None)
+        deterministic = options.pop("deterministic", True)
+        forward = Problem.create("attention_backward", "cuda", q, k, v, **_as_arrays(options))
+        gradient = GradientProblem.create(
+            "attention_backward", forward, dout, out, lse, dlse, deterministic
+        )
+        return _launch.backward(gradient, self._make_gpu(_arrays_of(gradient)))
+
+
+Backend = CpuBackend | GpuBackend | EmulatedBackend
+
+
+class EmulatedGpu:
+    """Takes the place of `_launch.Gpu`: memory is NumPy's, a launch runs the kernel's PTX."""
+
+    def __init__(
+        self, capability: int, schedule: str, seed: int, inputs: Sequence[np.ndarray]
+    ) -> None:
+        self.device = _plan.Device(capability, num_sms=4, l2_bytes=1 << 20)
+        self.stats: list[Any] = []
+        self._schedule, self._seed = schedule, seed
+        self._buffers = list(inputs)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        import emulator
+
+        return self._keep(emulator.guarded(shape, np.dtype(dtype), fill=_poison(dtype)))
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return self._keep(np.zeros(shape, dtype))
+
+    def as_contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
+        return self._keep(np.ascontiguousarray(array, dtype=dtype))
+
+    def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+        self.stats.append(
+            _emulated_kernel(kernel).launch(
+                (blocks,),
+                (kernel.threads,),
+                kernel.smem_bytes,
+                [params],
+                schedule=self._schedule,
+                seed=self._seed,
+                buffers=self._buffers,
+            )
+        )
+
+    def _keep(self, array: np.ndarray) -> np.ndarray:
+        self._buffers.append(array)
+        return array
+
+
+@cache
+def _emulated_kernel(kernel: _plan.Kernel) -> Any:
+    import emulator
+
+    from cuflash import _jit
+
+    return emulator.load(_jit.cached_ptx(kernel), kernel.entry)
+
+
+def _poison(dtype: Any) -> Any:
+    return np.nan if np.dtype(dtype).kind not in "iu" else np.iinfo(dtype).max
+
+
+def _arrays_of(problem: Problem | GradientProblem) -> list[np.ndarray]:
+    arrays = []
+    for name in problem.__slots__:
+        value = getattr(problem, name)
+        if isinstance(value, Problem):
+            arrays += _arrays_of(value)
+        elif isinstance(value, np.ndarray):
+            arrays.append(value)
+    return arrays
+
+
+def _as_arrays(options: dict[str, Any]) -> dict[str, Any]:
+    """Lengths as the arrays that the public functions hand on."""
+    return {n: np.asarray(x) if isinstance(x, list) else x for n, x in options.items()}
+
+
+def _to_gpu(array: np.ndarray) -> Any:
+    """Onto the GPU with the same strides, so that strided inputs stay strided."""
+    import cupy
+
+    memory = array
+    while isinstance(memory.base, np.ndarray):
+        memory = memory.base
+    if memory is array or not memory.flags.c_contiguous:
+        return cupy.asarray(array)
+    pointer = cupy.asarray(memory).data + (array.ctypes.data - memory.ctypes.data)
+    return cupy.ndarray(array.shape, array.dtype, pointer, strides=array.strides)
+
+
+def _options_to_gpu(options: dict[str, Any]) -> dict[str, Any]:
+    return {n: _to_gpu(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}

@@ -1,0 +1,56 @@
+"""Without a GPU `gpu` tests are skipped; `full` ones are left out unless asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import backends
+import numpy as np
+import pytest
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "full" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+    reason = _why_no_gpu()
+    if reason:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(
+    params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)],
+)
+def backend(request: pytest.FixtureRequest) -> backends.Backend:
+    """Every backend in turn; the emulated kernels are those of sm_80."""
+    make: dict[str, Callable[[], backends.Backend]] = {
+        "cpu": backends.CpuBackend,
+        "gpu": backends.GpuBackend,
+        "emulated": emulated,
+    }
+    return make[request.param]()
+
+
+def emulated(**options: object) -> backends.EmulatedBackend:
+    """The emulated backend, where what it needs is installed."""
+    pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    return backends.EmulatedBackend(**options)
+
+
+def _why_no_gpu() -> str | None:
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed"
+    return None if cupy.cuda.is_available() else "no GPU here"

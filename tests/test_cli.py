@@ -1,0 +1,457 @@
+"""python -m cuflash info, compile, check and bench; none of these tests needs a GPU."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash import _jit, _plan, reference
+from cuflash.__main__ import main
+from cuflash._plan import Kernel
+from cuflash._problem import BFLOAT16, FLOAT64
+from cuflash.cli import bench, check, compile, contenders, oracle, timing
+from cuflash.cli.cases import Case, spread
+
+SOURCE = 'extern "C" __global__ void fill(float* x) { x[threadIdx.x] = VALUE; }'
+
+
+class StandInCupy:
+    """CuPy as it is on a machine with these GPUs; with none, as without a driver."""
+
+    __version__ = "14.0"
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self, *capabilities: int):
+        self.capabilities = capabilities
+        self.CUDARuntimeError = StandInCupy.CUDARuntimeError
+        self.nvrtc = types.SimpleNamespace(getVersion=lambda: (13, 0))
+        self.cuda = types.SimpleNamespace(runtime=self, nvrtc=self.nvrtc)
+
+    def getDeviceCount(self) -> int:
+        if not self.capabilities:
+            raise self.CUDARuntimeError("cudaErrorInsufficientDriver")
+        return len(self.capabilities)
+
+    def getDeviceProperties(self, index: int) -> dict:
+        major, minor = divmod(self.capabilities[index], 10)
+        return {
+            "name": b"NVIDIA Pretend",
+            "major": major,
+            "minor": minor,
+            "multiProcessorCount": 7,
+            "totalGlobalMem": 3 * 2**30,
+        }
+
+    def driverGetVersion(self) -> int:
+        return 13000 if self.capabilities else 0
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Give the machine GPUs of these capabilities, as far as the commands can tell."""
+
+    def have(*capabilities: int) -> None:
+        monkeypatch.setattr(_jit, "import_cupy", lambda: StandInCupy(*capabilities))
+        monkeypatch.setattr(_jit, "nvrtc_version", lambda: (13, 0))
+
+    return have
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "command", [["check"], ["bench"], ["bench", "--suite", "backward", "--quick"], ["compile"]]
+)
+def test_without_a_gpu_a_command_says_what_it_needs(gpus, capsys, command):
+    gpus()
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "no usable NVIDIA driver (cudaErrorInsufficientDriver)" in printed.err
+    need = (
+        "--arch sm_80 sm_90" if command == ["compile"] else "needs an NVIDIA GPU of sm_80 or newer"
+    )
+    assert need in printed.err
+
+
+def test_without_cupy_the_need_is_cupy(monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    assert main(["check"]) == 2
+    assert 'pip install "cuflash[cuda13]"' in capsys.readouterr().err
+    assert main(["info"]) == 0
+    assert "CuPy           not installed" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fly"])
+    assert "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_info_without_a_gpu(gpus, cache, capsys):
+    gpus()
+    assert main(["info"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    lines = {line[:14].strip(): line[14:].strip() for line in printed}
+    assert lines["cuflash"].startswith(cuflash.__version__)
+    assert lines["numpy"] == np.__version__
+    assert lines["NVRTC"] == "13.0" and lines["driver"] == "none"
+    assert lines["GPU arrays"].startswith("no backend: no usable NVIDIA driver")
+    assert lines["NumPy arrays"].startswith("backend cpu")
+    assert lines["cache"] == f"{cache}: 0 kernels, 0.0 MiB"
+
+
+def test_info_says_which_backend_serves_which_gpu_and_why(gpus, cache, capsys):
+    gpus(90, 75)
+    cache.mkdir()
+    (cache / "a.cubin").write_bytes(bytes(2**20))
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "GPU 0            NVIDIA Pretend, sm_90, 7 SMs, 3.0 GiB" in out
+    assert "arrays on GPU 0  backend sm80, by its architecture sm_90" in out
+    assert "arrays on GPU 1  no backend: the GPU has compute capability 7.5" in out
+    assert "1 kernels, 1.0 MiB" in out
+
+
+@pytest.fixture
+def tiny_kernel(tmp_path, monkeypatch, cache):
+    """The planner asks for one kernel per head size, and each compiles in no time."""
+    pytest.importorskip("cupy", reason="compiling needs CuPy")
+    sources = tmp_path / "kernels_cu"
+    sources.mkdir()
+    (sources / "fill.cu").write_text(SOURCE)
+
+    def kernels_for(arch, dtype, head_dim, head_dim_v, **options):
+        return [Kernel("fill.cu", "fill", arch, (("VALUE", head_dim),), 32, 0)]
+
+    monkeypatch.setattr(_jit, "kernel_dir", lambda: sources)
+    monkeypatch.setattr(_plan, "kernels_for", kernels_for)
+    return sources / "fill.cu"
+
+
+def test_compile_fills_the_cache_once(tiny_kernel, cache, capsys):
+    command = ["compile", "--arch", "sm_80", "sm_90", "--head-dim", "64", "96", "--jobs", "1"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "sm_90 fill.cu VALUE=96: " in out and " 0 bytes spilled" in out
+    assert "4 kernels for sm_80, sm_90: 4 compiled, 0 were there, 0 failed" in out
+    assert len(list(cache.glob("*.cubin"))) == 4
+    assert main(command) == 0
+    assert "0 compiled, 4 were there, 0 failed" in capsys.readouterr().out
+
+
+def test_compile_takes_the_architectures_of_the_gpus_here(tiny_kernel, gpus, monkeypatch, capsys):
+    gpus(86, 90, 90)
+    seen = []
+    monkeypatch.setattr(
+        compile, "_compile", lambda kernel: seen.append(kernel.arch) or compile.Outcome(kernel)
+    )
+    main(["compile", "--head-dim", "64", "--jobs", "1"])
+    assert seen == ["sm_86", "sm_90"]
+
+
+def test_compile_goes_on_after_a_failure_and_shows_the_log(tiny_kernel, capsys):
+    tiny_kernel.write_text("#if VALUE == 96\n#error this size\n#endif\n" + SOURCE)
+    assert main(["compile", "--arch", "sm_80", "--head-dim", "96", "64", "--jobs", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "VALUE=96: FAILED" in out and "this size" in out
+    assert "2 kernels for sm_80: 1 compiled, 0 were there, 1 failed" in out
+
+
+@pytest.mark.filterwarnings("ignore:cuflash. cannot write")
+def test_compile_fails_where_the_cache_cannot_be_written(
+    tiny_kernel, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "a file/cache"))
+    assert main(["compile", "--arch", "sm_80", "--head-dim", "64", "--jobs", "1"]) == 1
+    assert "cannot be written" in capsys.readouterr().out
+
+
+def test_compile_refuses_an_architecture_below_the_kernels(cache, capsys):
+    assert main(["compile", "--arch", "sm_75", "--jobs", "1"]) == 2
+    assert "compute capability 7.5" in capsys.readouterr().err
+
+
+def test_compile_runs_the_planners_kernels_in_processes(cache, capsys):
+    pytest.importorskip("cupy", reason="compiling needs CuPy")
+    command = ["compile", "--arch", "sm_80", "--head-dim", "32", "--dtype", "bfloat16"]
+    assert main([*command, "--forward-only", "--jobs", "2"]) == 0
+    assert " 0 failed" in capsys.readouterr().out
+    kernels = _plan.kernels_for("sm_80", "bfloat16", 32, 32, backward=False)
+    assert len(list(cache.glob("*.cubin"))) == len(set(kernels))
+
+
+SMALL = Case(batch=1, seqlen_q=9, seqlen_k=20, head_dim=8, causal=True)
+
+
+@pytest.fixture
+def check_on_cpu(monkeypatch):
+    """Run `check` on small problems, with NumPy and the cpu backend in the GPU's place."""
+    cases = [SMALL, Case(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, kv_lens=(0, 3), layout="BHSD")]
+    monkeypatch.setattr(check, "require_gpu", lambda command: np)
+    monkeypatch.setattr(check, "spread", lambda quick: iter(cases))
+
+
+def test_check_passes_what_is_right(check_on_cpu, capsys):
+    assert main(["check"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("pass  bfloat16 ") == 2
+    assert "pass  bfloat16 B2 S5x7 H4/2 D64/64 BHSD kv_lens=(0,3)  out " in out
+    assert "2 passed, 0 failed" in out
+
+
+def test_check_fails_what_is_wrong(check_on_cpu, monkeypatch, capsys):
+    sound = cuflash.attention
+
+    def wrong(*arrays, **options):
+        out, lse = sound(*arrays, **options)
+        out[0, -1, 0, 0] += 1
+        return out, lse
+
+    monkeypatch.setattr(cuflash, "attention", wrong)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert "out is off by 1" in out or "out is off by 0.99" in out
+    assert "0 passed, 2 failed" in out
+
+
+def test_check_fails_what_differs_from_run_to_run(check_on_cpu, monkeypatch, capsys):
+    sound, noise = cuflash.attention_backward, iter(np.float32([0, 1e-8, 0, 0]))
+
+    def drifting(*arrays, **options):
+        gradients = sound(*arrays, **options)
+        return gradients._replace(dv=gradients.dv.astype(np.float32) + next(noise))
+
+    monkeypatch.setattr(cuflash, "attention_backward", drifting)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("dv differs from run to run") == 1
+    assert "1 passed, 1 failed" in out
+
+
+def test_check_goes_on_after_an_exception(check_on_cpu, monkeypatch, capsys):
+    def absent(*arrays, **options):
+        raise NotImplementedError("no such kernel\nand more")
+
+    monkeypatch.setattr(cuflash, "attention", absent)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    assert out.count("NotImplementedError: no such kernel") == 2
+    assert "0 passed, 2 failed" in out
+
+
+def test_the_spread_is_wide():
+    cases = list(spread())
+    assert len(cases) == len(set(map(str, cases))) >= 60
+    assert 8 <= len(list(spread(quick=True))) <= 16
+    for option in ("causal", "offset", "window", "scale", "softcap", "q_lens", "kv_lens"):
+        assert any(option in case.options for case in cases), option
+    assert {case.layout for case in cases} == {"BSHD", "BHSD", "unaligned"}
+    assert {case.dtype.name for case in cases} == {"bfloat16", "float16"}
+
+
+@pytest.mark.parametrize("layout", ["BSHD", "BHSD", "unaligned"])
+def test_a_layout_changes_the_strides_alone(layout):
+    case = Case(layout=layout, head_dim=8)
+    array = case.arrays().q
+    placed = case.place(array, np)
+    assert (placed == array).all() and placed.strides[-1] == 2
+    assert (placed.strides == array.strides) == (layout == "BSHD")
+    assert (placed.ctypes.data % 4 == 2) == (layout == "unaligned")
+
+
+def test_what_lies_past_the_lengths_is_nan():
+    arrays = Case(seqlen_q=9, seqlen_k=9, q_lens=(9, 4), kv_lens=(0, 9)).arrays()
+    assert np.isnan(arrays.q[1, 4:].astype(np.float32)).all()
+    assert np.isnan(arrays.dout[1, 4:].astype(np.float32)).all()
+    assert np.isnan(arrays.k[0].astype(np.float32)).all()
+    finite = (arrays.q[0], arrays.q[1, :4], arrays.k[1], arrays.v[1])
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in finite)
+
+
+DOUBLE = Case(
+    FLOAT64, seqlen_q=9, seqlen_k=12, heads_q=4, softcap=3.0, causal=True, kv_lens=(12, 5)
+)
+
+
+def test_the_textbook_in_float64_is_the_reference():
+    arrays = DOUBLE.arrays()
+    out, gradients = oracle.textbook(*arrays, DOUBLE.options)
+    q, k, v, dout, dlse = arrays
+    exact_out, _ = reference.attention(q, k, v, **DOUBLE.options)
+    exact = reference.attention_backward(dout, q, k, v, dlse=dlse, **DOUBLE.options)
+    assert not np.abs(out - exact_out).max() > 1e-12
+    for name in ("dq", "dk", "dv"):
+        difference = np.abs(getattr(gradients, name) - getattr(exact, name)).max()
+        assert difference <= 1e-12, name
+
+
+def test_a_bound_takes_one_rounding_and_no_more_than_twice_the_textbooks_error():
+    arrays = SMALL.arrays()
+    bounds = oracle.expect(*arrays, SMALL.options)
+    textbook, _ = oracle.textbook(*arrays, SMALL.options)
+    bound = bounds["out"]
+    assert bound.error(bound.exact.astype(BFLOAT16)) == 0
+    assert 0 < bound.error(textbook) <= bound.allowed
+    wrong = bound.exact.copy()
+    wrong[0, 3, 1, 2] += 2 * bound.allowed + 0.05
+    assert bound.error(wrong) > bound.allowed
+    wrong[0, 3, 1, 2] = np.nan
+    assert np.isnan(bound.error(wrong))
+    assert np.isnan(bound.error(bound.exact[:, 1:]))
+
+
+def test_a_bound_knows_infinities():
+    bound = oracle.Bound(np.array([-np.inf, 1.0]), 0.0, 1e-5)
+    assert bound.error(np.float32([-np.inf, 1])) == 0
+    for wrong in ([-1e30, 1], [-np.inf, np.inf], [np.inf, 1]):
+        assert not bound.error(np.float32(wrong)) <= bound.allowed
+
+
+def test_contenders_take_turns():
+    turns = []
+
+    class Script:
+        def __init__(self, *milliseconds: float):
+            self.left = [1.0] * timing.WARM_UP_CALLS + list(milliseconds)
+
+        def time(self, call):
+            call()
+            value = self.left.pop(0)
+            return lambda: value
+
+    a = timing.Contender(lambda: turns.append("a"), Script(9, 3, 4, 5, 6, 1, 2))
+    b = timing.Contender(lambda: turns.append("b"), Script(*[2.0] * 7))
+    timings = timing.measure({"a": a, "b": b}, seconds=0)
+    assert timings["a"] == timing.Timing(median_ms=4, min_ms=1, repeats=7)
+    assert timings["b"].median_ms == 2
+    assert turns[2 * timing.WARM_UP_CALLS :] == ["a", "b"] * 7
+
+
+def test_the_host_clock_divides_by_what_it_queues():
+    calls = []
+    waited = []
+    clock = timing.HostClock(queued=4, wait=waited.append)
+    milliseconds = clock.time(lambda: calls.append(0) or len(calls))()
+    assert len(calls) == 4 and waited == [4]
+    assert milliseconds >= 0
+
+
+def test_the_stream_clock_empties_the_cache_and_reads_its_events_last():
+    log = []
+
+    class Event:
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("synchronize")
+
+    scratch = types.SimpleNamespace(fill=lambda value: log.append("flush"))
+    cuda = types.SimpleNamespace(
+        Event=Event,
+        Device=lambda: types.SimpleNamespace(id=3),
+        get_elapsed_time=lambda start, end: 0.25,
+        runtime=types.SimpleNamespace(getDeviceProperties=lambda index: {"l2CacheSize": 100}),
+    )
+
+    def empty(size, dtype):
+        log.append(size)
+        return scratch
+
+    clock = timing.StreamClock(types.SimpleNamespace(cuda=cuda, empty=empty, uint8=np.uint8))
+    read = clock.time(lambda: log.append("call"))
+    assert log == [200, "flush", "record", "call", "record"]
+    assert read() == 0.25 and log[-1] == "synchronize"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
+def test_torch_computes_what_we_compute(direction):
+    pytest.importorskip("torch", reason="the comparison needs torch")
+    cell = contenders.Cell(direction, "float32", 2, 19, 3, 8, causal=True)
+    inputs = bench._cpu_inputs(cell)
+    factories = contenders.cpu_contenders()
+    ours, theirs = (factories[name](cell, inputs).call() for name in ("cuflash", "torch"))
+    if direction == "forward":
+        ours, theirs = [ours], [theirs]
+    for mine, peer in zip(ours[: len(theirs)], theirs, strict=True):
+        assert np.allclose(mine, peer.detach().transpose(1, 2).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_count_the_visible_pairs(causal):
+    cell = contenders.Cell("forward", "bfloat16", 2, 7, 3, 16, causal)
+    pairs = sum(j <= i or not causal for i in range(7) for j in range(7))
+    assert cell.flops == 2 * 2 * 16 * pairs * 2 * 3
+    backward = contenders.Cell("backward", "bfloat16", 2, 7, 3, 16, causal)
+    assert backward.flops / cell.flops == 2.5
+
+
+def test_the_grid_holds_tokens_and_width():
+    cells = list(bench._cells("forward", quick=False))
+    assert len(cells) == 30
+    assert {cell.batch * cell.seqlen for cell in cells} == {16384}
+    assert {cell.heads * cell.head_dim for cell in cells} == {2048}
+    assert {(c.head_dim, c.causal) for c in cells} == {
+        (d, causal) for d in (64, 128, 256) for causal in (False, True)
+    }
+
+
+def test_bench_on_the_cpu_leaves_a_table_and_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "CPU_SHAPES", ((1, 32, 2, 8, True),))
+    monkeypatch.setattr(contenders, "gemm_tflops_cpu", lambda: (0.5, "numpy float32"))
+    output = tmp_path / "results" / "cpu.json"
+    command = ["bench", "--suite", "cpu", "--seconds", "0.01", "--output", str(output)]
+    assert main([*command, "--commit", "abc"]) == 0
+    report = json.loads(output.read_text())
+    assert report["commit"] == "abc" and report["gemm"] == {"tflops": 0.5, "by": "numpy float32"}
+    assert report["versions"]["numpy"] == np.__version__ and report["command"] and report["date"]
+    forward, both = report["cells"]
+    assert (forward["direction"], both["direction"]) == ("forward", "forward+backward")
+    assert forward["results"]["cuflash"]["median_ms"] > 0
+    table = capsys.readouterr().out
+    assert "| forward | 8 | 32 | yes | " in table and str(output) in table
+
+
+def test_bench_records_why_a_peer_is_absent(tmp_path, monkeypatch, capsys):
+    def absent(cell, inputs):
+        raise ImportError("No module named 'torch'\nmore")
+
+    factories = {**contenders.cpu_contenders(), "torch": absent}
+    monkeypatch.setattr(contenders, "cpu_contenders", lambda: factories)
+    monkeypatch.setattr(contenders, "gemm_tflops_cpu", lambda: (0.5, "numpy float32"))
+    monkeypatch.setattr(bench, "CPU_SHAPES", ((1, 32, 2, 8, False),))
+    output = tmp_path / "cpu.json"
+    assert main(["bench", "--suite", "cpu", "--seconds", "0.01", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())["cells"][0]["results"]
+    assert results["torch"] == {"error": "ImportError: No module named 'torch'"}
+    assert "torch: ImportError: No module named 'torch'" in capsys.readouterr().out
+
+
+def test_the_table_compares_with_the_best_peer():
+    cell = {"direction": "forward", "head_dim": 128, "seqlen": 1024, "causal": False}
+    results = {
+        "cuflash": {"tflops": 450.0},
+        "torch cudnn": {"tflops": 500.0},
+        "torch flash": {"tflops": 300.0},
+        "jax cudnn": {"error": "ImportError: no jax"},
+    }
+    report = {
+        "device": "GPU",
+        "date": "2026-01-01",
+        "gemm": {"tflops": 600.0, "by": "torch bfloat16"},
+        "cells": [{**cell, "results": results}],
+    }
+    table = bench._table(report)
+    assert "| forward | 128 | 1024 | no | 450 | 75 % | 500 | 300 | – | 0.90 |" in table
+    assert table.endswith("jax cudnn: ImportError: no jax")

@@ -1,0 +1,143 @@
+"""The examples run, and the README's; the small GPT learns, and its gradients are the true ones."""
+
+import importlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ALPHABET, CONTEXT = 11, 6
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example as its script would find its neighbours."""
+    monkeypatch.syspath_prepend(str(CHECKOUT / "examples"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def char_gpt(example, monkeypatch):
+    """The training example on NumPy, whatever GPU there is: its gradients are taken in float64."""
+    module = example("train_char_gpt")
+    monkeypatch.setattr(module, "xp", np)
+    return module
+
+
+@pytest.fixture
+def tiny(char_gpt):
+    return char_gpt.Config(ALPHABET, context=CONTEXT, channels=8, heads=2, layers=2, batch=2)
+
+
+def test_the_readme_example_runs():
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)
+    out, q = names["out"], names["q"]
+    assert out.shape == q.shape and np.isfinite(out).all()
+    assert len([line for line in block.splitlines() if line]) == 8
+
+
+def test_the_readme_has_one_test_command():
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    lines = [
+        line for line in readme.splitlines() if re.match(r"python3 -m venv .*-m pytest$", line)
+    ]
+    assert len(lines) == 1
+
+
+def test_quickstart_agrees_with_the_reference(example, monkeypatch, capsys):
+    quickstart = example("quickstart")
+    monkeypatch.setattr(quickstart, "LONG", 2048)
+    quickstart.main()
+    printed = capsys.readouterr().out
+    errors = {name: float(x) for name, x in re.findall(r"(out|dq|dk|dv) +(\S+e\S+)", printed)}
+    tolerance = 1e-5 if quickstart.xp is np else 5e-2
+    assert set(errors) == {"out", "dq", "dk", "dv"}
+    assert all(error <= tolerance for error in errors.values()), errors
+    taken, scores = (int(mebibytes) for mebibytes in re.findall(r"(\d+) MiB", printed))
+    assert taken < scores
+
+
+def test_the_gradients_of_the_model_are_those_of_finite_differences(char_gpt, tiny):
+    rng = np.random.default_rng(0)
+    weights = {
+        name: 0.4 * rng.standard_normal(weight.shape)
+        for name, weight in char_gpt.initial_weights(tiny, rng, np.float64).items()
+    }
+    text = rng.integers(ALPHABET, size=(2, CONTEXT + 1))
+
+    def loss_of(weights):
+        return char_gpt.loss_and_gradients(weights, tiny, text)[0]
+
+    _, gradients = char_gpt.loss_and_gradients(weights, tiny, text)
+    assert gradients.keys() == weights.keys()
+    step = 1e-5
+    for name, weight in weights.items():
+        direction = rng.standard_normal(weight.shape)
+        after, before = (
+            loss_of({**weights, name: weight + sign * step * direction}) for sign in (1, -1)
+        )
+        found = float((gradients[name] * direction).sum())
+        np.testing.assert_allclose(found, (after - before) / (2 * step), rtol=1e-5, err_msg=name)
+
+
+def test_the_model_sees_no_character_before_its_turn(char_gpt, tiny):
+    rng = np.random.default_rng(0)
+    weights = char_gpt.initial_weights(tiny, rng, np.float64)
+    weights = {name: rng.standard_normal(weight.shape) for name, weight in weights.items()}
+    characters = rng.integers(ALPHABET, size=(1, CONTEXT))
+    changed = characters.copy()
+    changed[0, 4] = (changed[0, 4] + 1) % ALPHABET
+    same, other = (char_gpt.gpt(weights, tiny, x)[0] for x in (characters, changed))
+    np.testing.assert_allclose(same[:4], other[:4], rtol=1e-12)
+    assert not np.allclose(same[4:], other[4:])
+
+
+def test_training_lowers_the_held_out_loss(char_gpt, monkeypatch):
+    alphabet, training, held_out = char_gpt.read_text()
+    config = char_gpt.Config(len(alphabet), 32, channels=32, heads=2, layers=1, batch=4, rate=1e-2)
+    monkeypatch.setattr(char_gpt, "WARM_UP_STEPS", 5)
+    monkeypatch.setattr(char_gpt, "REPORTS", 3)
+    weights, losses = char_gpt.train(config, training, held_out[:1000], 60, 600, seed=1)
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] < np.log(len(alphabet))
+    assert losses[-1] < 3.1  # characters guessed by their frequency cost as much
+    text = char_gpt.sample(weights, config, alphabet, "The ", 40, seed=0)
+    assert len(text) == 44 and text.startswith("The ")
+
+
+def test_training_is_repeatable(char_gpt, tiny):
+    text = np.random.default_rng(0).integers(ALPHABET, size=200)
+    (first, losses), (second, again) = (
+        char_gpt.train(tiny, text, text, steps=10, seconds=600, seed=3) for _ in range(2)
+    )
+    assert losses == again
+    for name, weight in first.items():
+        np.testing.assert_array_equal(weight, second[name])
+
+
+def test_training_ends_by_its_time(char_gpt, capsys):
+    alphabet, training, held_out = char_gpt.read_text()
+    config = char_gpt.Config(len(alphabet), context=8, channels=8, heads=1, layers=1, batch=1)
+    char_gpt.train(config, training, held_out[:100], steps=10**9, seconds=0.2, seed=0)
+
+
+def test_the_held_out_text_is_not_trained_on(char_gpt):
+    alphabet, training, held_out = char_gpt.read_text()
+    training, held_out = ("".join(alphabet[i] for i in part) for part in (training, held_out))
+    paragraphs = held_out.split("\n")
+    assert len(paragraphs) > 30
+    assert not set(paragraphs) & set(training.split("\n"))
+
+
+def test_the_script_starts(char_gpt, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv", ["train_char_gpt.py", "--steps", "1", "--seconds", "1", "--length", "2"]
+    )
+    monkeypatch.setattr(char_gpt, "held_out_loss", lambda *_: 0.0)
+    char_gpt.main()
+    assert "The " in capsys.readouterr().out

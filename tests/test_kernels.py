@@ -1,0 +1,156 @@
+"""What the compiler makes of the kernels: registers, spills, instructions, the parameter block."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from cuflash import _jit, _params, _plan
+
+pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+HEAD_DIMS = range(32, 257, 32)
+FLAGS = {  # vec_bytes, pack_group, softcap, scale_first, few_rows, dtype
+    "plain": (16, False, False, False, False, "bfloat16"),
+    "gqa": (16, True, False, False, False, "float16"),
+    "softcap": (16, False, True, False, False, "float16"),
+    "gqa-softcap": (16, True, True, False, False, "bfloat16"),
+    "scale-first": (16, True, False, True, False, "bfloat16"),
+    "vec-4": (4, True, False, False, False, "bfloat16"),
+    "vec-2": (2, False, True, False, False, "float16"),
+    "few-rows": (16, True, False, False, True, "bfloat16"),
+}
+
+
+def traits(head_dim: int, head_dim_v: int, flags: str) -> _plan.Traits:
+    vec, pack_group, softcap, scale_first, few_rows, dtype = FLAGS[flags]
+    return _plan.Traits(
+        dtype, head_dim, head_dim_v, vec, pack_group, softcap, scale_first, few_rows
+    )
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_one_configuration_per_architecture(capability: int) -> None:
+    check_all(traits(128, 128, "plain"), capability)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "flags"),
+    [(64, 64, "gqa-softcap"), (192, 128, "plain"), (256, 256, "gqa")],
+)
+def test_more_configurations(head_dim: int, head_dim_v: int, flags: str) -> None:
+    check_all(traits(head_dim, head_dim_v, flags), 80)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_option_at_every_head_size(capability: int, flags: str, head_dim: int) -> None:
+    check_all(traits(head_dim, head_dim, flags), capability)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("head_dim_v", HEAD_DIMS)
+def test_every_pair_of_head_sizes(capability: int, head_dim: int, head_dim_v: int) -> None:
+    check_all(traits(head_dim, head_dim_v, "plain"), capability)
+
+
+def check_all(chosen: _plan.Traits, capability: int) -> None:
+    """Forward and the three kernels of backward."""
+    forward = _plan.forward_plan(chosen, capability).kernel
+    backward = _plan.backward_plan(chosen, capability, deterministic=True)
+    check(forward, _params.FORWARD_BYTES)
+    if chosen.few_rows:  # of the forward kernel alone
+        return
+    for kernel in (backward.prep, backward.main, backward.post):
+        check(kernel, _params.BACKWARD_BYTES)
+    check(_plan.backward_plan(chosen, capability, deterministic=False).main, _params.BACKWARD_BYTES)
+
+
+def check(kernel: _plan.Kernel, params_bytes: int) -> None:
+    cubin = _jit.cached_cubin(kernel)
+    resources = cubin.resources
+    assert resources.spill_bytes == 0, (kernel, resources)
+    assert resources.stack_bytes == 0, (kernel, resources)
+    assert resources.static_smem_bytes == 0, (kernel, resources)
+    assert resources.registers * kernel.threads <= 65536, (kernel, resources)
+    assert "warning" not in cubin.log.replace("warning #177-D", ""), cubin.log
+    assert kernel_params_bytes(cubin.image) == params_bytes
+
+
+def test_instructions_of_the_main_kernels() -> None:
+    chosen = traits(64, 64, "plain")
+    for kernel in (
+        _plan.forward_plan(chosen, 80).kernel,
+        _plan.backward_plan(chosen, 80, True).main,
+    ):
+        counts = instructions(_jit.cached_cubin(kernel).image)
+        for wanted in ("HMMA", "LDSM", "LDGSTS", "MUFU"):
+            assert counts.get(wanted, 0) > 0, f"{kernel.entry} has no {wanted}"
+        for unwanted in ("LDL", "STL"):
+            assert counts.get(unwanted, 0) == 0, f"{kernel.entry} uses local memory"
+
+
+def test_each_source_compiles_with_its_own_defaults() -> None:
+    for source in sorted(_jit.kernel_dir().glob("*.cu")):
+        entry = source.stem.removesuffix("_sm80")
+        kernel = _plan.Kernel(source.name, entry, "sm_80", (), 256, 0)
+        assert _jit.compile_cubin(kernel).image[:4] == b"\x7fELF"
+
+
+def test_static_asserts_tie_the_plan_to_the_source() -> None:
+    kernel = _plan.forward_plan(traits(64, 64, "plain"), 80).kernel
+    for name in ("SMEM_BYTES", "PARAMS_BYTES"):
+        constants = {**dict(kernel.constants), name: 4096}
+        wrong = _plan.Kernel(
+            kernel.source, kernel.entry, kernel.arch, tuple(constants.items()), 128, 4096
+        )
+        with pytest.raises(_jit.CompileError, match="differs from the"):
+            _jit.compile_cubin(wrong)
+
+
+def kernel_params_bytes(image: bytes) -> int:
+    """The size of the parameter block, as the cubin's .nv.info says (EIATTR_PARAM_CBANK)."""
+    text = run_tool("cuobjdump", image, "-elf")
+    return int(
+        re.search(r"EIATTR_CBANK_PARAM_SIZE\s+Format:\s+EIFMT_HVAL\s+Value:\s+(0x\w+)", text)[1], 16
+    )
+
+
+def instructions(image: bytes) -> dict[str, int]:
+    """How often each opcode stands in the machine code."""
+    counts: dict[str, int] = {}
+    for opcode in re.findall(
+        r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)", run_tool("nvdisasm", image, "-c")
+    ):
+        counts[opcode] = counts.get(opcode, 0) + 1
+    return counts
+
+
+def run_tool(name: str, image: bytes, *options: str) -> str:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        command = [str(tool_path(name)), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def tool_path(name: str) -> Path:
+    packages = Path(sysconfig.get_paths()["purelib"])
+    found = next(packages.glob(f"nvidia/*/bin/{name}"), None) or shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return Path(found)

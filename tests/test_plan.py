@@ -1,0 +1,151 @@
+"""Every plan fits the GPU that it is for, and a change of the tuning is a visible diff."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cuflash import _params, _plan
+from cuflash._problem import Problem
+
+CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+PLAIN = _plan.Traits("bfloat16", 128, 128, 16, False, False, False, False)
+
+
+def plain(head_dim: int, head_dim_v: int | None = None) -> _plan.Traits:
+    return _plan.Traits(
+        "bfloat16", head_dim, head_dim_v or head_dim, 16, False, False, False, False
+    )
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_plan_fits(capability: int) -> None:
+    limit = _plan.smem_limit(capability)
+    count = 0
+    for traits in _plan.every_traits():
+        backward = _plan.backward_plan(traits, capability, True)
+        kernels = (
+            _plan.forward_plan(traits, capability).kernel,
+            backward.prep,
+            backward.main,
+            backward.post,
+        )
+        for kernel in kernels:
+            assert kernel.arch == f"sm_{capability}"
+            assert kernel.smem_bytes <= limit, (traits, kernel)
+            assert kernel.threads in (128, 256)
+        count += 1
+    assert count == 64 * 2 * 3 * 2 * 3 * 2
+
+
+# head_dim: (block_q, block_kv, warps) forward, (block_q, block_kv, warps, stages) backward
+TILES_80 = {
+    32: ((128, 64, 4), (64, 128, 8, 2)),
+    64: ((128, 64, 4), (64, 128, 8, 2)),
+    96: ((128, 64, 4), (64, 128, 8, 2)),
+    128: ((128, 64, 4), (64, 128, 8, 2)),
+    160: ((128, 64, 8), (64, 64, 8, 2)),
+    192: ((128, 64, 8), (64, 64, 8, 2)),
+    224: ((128, 64, 8), (64, 64, 8, 1)),
+    256: ((128, 64, 8), (64, 64, 8, 1)),
+}
+TILES_86 = {
+    32: ((128, 64, 4), (64, 128, 8, 2)),
+    64: ((128, 64, 4), (64, 128, 8, 2)),
+    96: ((128, 64, 4), (64, 64, 8, 2)),
+    128: ((128, 64, 4), (64, 64, 8, 1)),
+    160: ((128, 64, 8), (64, 64, 8, 1)),
+    192: ((128, 64, 8), (32, 64, 8, 1)),
+    224: ((64, 64, 4), (32, 32, 4, 1)),
+    256: ((64, 64, 4), (32, 32, 4, 1)),
+}
+
+
+@pytest.mark.parametrize(("capability", "tiles"), [(80, TILES_80), (86, TILES_86)])
+def test_chosen_tiles(capability: int, tiles: dict) -> None:
+    def sizes(kernel: _plan.Kernel, *names: str) -> tuple[int, ...]:
+        constants = dict(kernel.constants)
+        return tuple(constants[name] for name in names)
+
+    chosen = {}
+    for head_dim in tiles:
+        forward = _plan.forward_plan(plain(head_dim), capability).kernel
+        backward = _plan.backward_plan(plain(head_dim), capability, True).main
+        chosen[head_dim] = (
+            sizes(forward, "BLOCK_Q", "BLOCK_KV", "WARPS"),
+            sizes(backward, "BLOCK_Q", "BLOCK_KV", "WARPS", "STAGES"),
+        )
+    assert chosen == tiles
+
+
+def test_traits_of_a_problem() -> None:
+    q = np.zeros((2, 300, 6, 40), np.float16)
+    k = np.zeros((2, 300, 2, 40), np.float16)
+    v = np.zeros((2, 300, 2, 65), np.float16)
+    problem = Problem.create("attention", "cuda", q, k, v, softcap=3.0, scale=-1.0)
+    assert _plan.Traits.of(problem, 2) == _plan.Traits(
+        "float16", 64, 96, 2, pack_group=True, softcap=True, scale_first=False, few_rows=False
+    )
+    problem = Problem.create("attention", "cuda", q[:, :10], k, v, scale=0.0)
+    traits = _plan.Traits.of(problem, 8)
+    assert (traits.vec_bytes, traits.scale_first, traits.few_rows) == (4, True, True)
+
+
+@pytest.mark.parametrize(("alignment", "width"), [(16, 16), (8, 4), (4, 4), (2, 2), (32, 16)])
+def test_vector_width(alignment: int, width: int) -> None:
+    assert _plan.vec_bytes(alignment) == width
+
+
+def test_alignment_looks_at_addresses_and_strides_that_matter() -> None:
+    memory = np.zeros(4096, np.float16)
+    memory = memory[(-memory.ctypes.data % 16) // 2 :]
+    whole = memory[:1024].reshape(2, 4, 2, 64)
+    assert _params.alignment(whole) == 16
+    assert _params.alignment(whole[..., 1:]) == 2
+    assert _params.alignment(memory[4:1028].reshape(2, 4, 2, 64)) == 8
+    assert _params.alignment(whole, memory[:1020].reshape(1, 5, 2, 102)) == 4
+    # The strides of an axis of one element are never used.
+    assert _params.alignment(memory[:1020].reshape(1, 10, 102)[:, :1, None, :]) == 16
+    assert _params.alignment(memory[:1020].reshape(1, 10, 102)[:, :2, None, :]) == 4
+    assert _params.alignment(memory[:60].reshape(1, 1, 1, 60)) == 16
+
+
+def test_old_gpus_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"capability 7.5; expected 8.0 \(Ampere\)"):
+        _plan.forward_plan(PLAIN, 75)
+    with pytest.raises(NotImplementedError, match="cpu backend"):
+        _plan.backward_plan(PLAIN, 70, True)
+
+
+def test_sections_of_heads_share_the_cache() -> None:
+    device = _plan.Device(90, num_sms=132, l2_bytes=50 << 20)
+    x = np.zeros((4, 1, 16, 128), np.float16)
+    keys = np.broadcast_to(x[:, :1], (4, 4096, 16, 128))  # 2 MiB of keys and values per head
+    problem = Problem.create("attention", "cuda", x, keys, keys)
+    assert _plan.heads_per_section(problem, device) == 12
+    few = Problem.create("attention", "cuda", x, keys[:, :8], keys[:, :8])
+    assert _plan.heads_per_section(few, device) == 64
+    none = Problem.create("attention", "cuda", x, keys[:, :0], keys[:, :0])
+    assert _plan.heads_per_section(none, device) == 64
+
+
+def test_kernels_for_names_each_kernel_of_a_call() -> None:
+    kernels = _plan.kernels_for("sm_90", "float16", 64, 64, group=4)
+    assert [kernel.entry for kernel in kernels] == [
+        "flash_fwd",
+        "flash_fwd",
+        "flash_bwd_prep",
+        "flash_bwd",
+        "flash_bwd_post",
+    ]
+    assert all(dict(kernel.constants)["PACK_GROUP"] == 1 for kernel in kernels)
+    odd = _plan.kernels_for("sm_90", "float16", 33, 64, backward=False)
+    assert [dict(kernel.constants)["VEC_BYTES"] for kernel in odd] == [2, 2]
+
+
+def test_planning_needs_no_cupy() -> None:
+    code = "import sys, cuflash._plan; sys.exit('cupy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
