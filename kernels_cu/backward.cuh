@@ -66,14 +66,12 @@ DEVICE void for_each_dq(QueryGrid::Acc& dq, float* dq_acc, i64 tile, const F& f)
 // A product to a tile in shared memory, in 16 bits.
 template <class Grid, class Tile>
 DEVICE void to_smem(const Tile& tile, const typename Grid::Acc& acc, float scale) {
-  const int lane = opaque(lane_id());  // addresses kept across tiles would spill
 #pragma unroll
   for (int m = 0; m < Grid::kM; m++)
 #pragma unroll
     for (int n = 0; n < Grid::kN; n++)
 #pragma unroll
       for (int r = 0; r < 2; r++)
-        st_shared(
-            tile.address(Grid::row() + acc_row(m, 2 * r, lane), Grid::col() + acc_col(n, 0, lane)),
-            pack<Element>(acc[m][n][2 * r] * scale, acc[m][n][2 * r + 1] * scale));
+        st_shared(tile.address(Grid::row() + acc_row(m, 2 * r), Grid::col() + acc_col(n, 0)),
+                  pack<Element>(acc[m][n][2 * r] * scale, acc[m][n][2 * r + 1] * scale));
 }

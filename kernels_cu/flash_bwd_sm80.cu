@@ -196,9 +196,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int head = work.head_k * p.problem.group;
   QueryTiles tiles(mask, work.tile, kBlockQ, kBlockKV);
 
-  // Pointers are computed anew for each tile: kept, they would cost registers throughout the loop.
+  // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
   const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
-    const u16* keys = base_of(x, opaque(work.batch), work.head_k) + first_key * x.seq_stride;
+    const u16* keys = base_of(x, work.batch, work.head_k) + first_key * x.seq_stride;
     load_tile<kThreads>(
         tile, [&](int row) { return keys + row * x.seq_stride; }, mask.kv_len - first_key, cols);
     cp_async_commit();
@@ -207,9 +207,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const auto dout_stage = [&](int stage) { return DoutTile{q_stage(stage).base + kDoutOffset}; };
   const auto load_queries = [&](int stage, int tile) {
     const int first_row = tile * kBlockQ, valid_rows = mask.valid_rows() - first_row;
-    const int batch = opaque(work.batch);
-    const u16* q = base_of(p.q, batch, head);
-    const u16* dout = base_of(p.dout, batch, head);
+    const u16* q = base_of(p.q, work.batch, head);
+    const u16* dout = base_of(p.dout, work.batch, head);
     load_tile<kThreads>(
         q_stage(stage), [&](int row) { return mask.rows.pointer(q, p.q, first_row + row); },
         valid_rows, p.problem.head_dim);
@@ -217,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         dout_stage(stage),
         [&](int row) { return mask.rows.pointer(dout, p.dout, first_row + row); }, valid_rows,
         p.problem.head_dim_v);
-    const i64 stats = workspace_tile(p.problem, batch, work.head_k, tile) * kBlockQ;
+    const i64 stats = workspace_tile(p.problem, work.batch, work.head_k, tile) * kBlockQ;
     load_stats(q_stage(stage).base + kLseOffset, p.lse_log2 + stats);
     load_stats(q_stage(stage).base + kDeltaOffset, p.delta + stats);
     cp_async_commit();
@@ -240,6 +239,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (; tiles.valid(); tiles.advance()) {
     const int first_row = tiles.current * kBlockQ;
+    const i64 workspace = workspace_tile(p.problem, work.batch, work.head_k, tiles.current);
     const bool partly_visible = tiles.partly_visible();
     const QTile q_smem = q_stage(stage);
     const DoutTile dout_smem = dout_stage(stage);
@@ -288,9 +288,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     QueryGrid::Acc dq;
     query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, first_row,
                    first_key, [&] { load_keys(k_smem, p.k, p.problem.head_dim); });
-    add_query_gradient(p, dq,
-                       workspace_tile(p.problem, opaque(work.batch), work.head_k, tiles.current),
-                       tiles.turn());
+    add_query_gradient(p, dq, workspace, tiles.turn());
     if (kStages == 2) stage = 1 - stage;
   }
 

@@ -4,8 +4,8 @@
 #include "tile.cuh"
 
 // acc[m][n][e]: row 16 m + lane / 4 + 8 (e / 2), column 8 n + 2 (lane % 4) + e % 2.
-DEVICE int acc_row(int m, int e, int lane = lane_id()) { return 16 * m + lane / 4 + e / 2 * 8; }
-DEVICE int acc_col(int n, int e, int lane = lane_id()) { return 8 * n + lane % 4 * 2 + e % 2; }
+DEVICE int acc_row(int m, int e) { return 16 * m + lane_id() / 4 + e / 2 * 8; }
+DEVICE int acc_col(int n, int e) { return 8 * n + lane_id() % 4 * 2 + e % 2; }
 
 template <int kM, int kN>
 DEVICE void clear(float (&acc)[kM][kN][4]) {
@@ -33,8 +33,8 @@ template <class Tile>
 struct RowsOf {
   const Tile& tile;
   int row;
-  DEVICE void load(u32 (&a)[4], int m, int k, int lane) const {
-    ldmatrix_x4(a, tile.chunk_address(row + 16 * m + lane % 16, 2 * k + lane / 16));
+  DEVICE void load(u32 (&a)[4], int m, int k) const {
+    ldmatrix_x4(a, tile.chunk_address(row + 16 * m + lane_id() % 16, 2 * k + lane_id() / 16));
   }
 };
 // ... or at columns col + 16 m, rows 16 k of a tile that holds aᵀ ...
@@ -42,16 +42,16 @@ template <class Tile>
 struct ColumnsOf {
   const Tile& tile;
   int col;
-  DEVICE void load(u32 (&a)[4], int m, int k, int lane) const {
-    ldmatrix_x4_trans(
-        a, tile.chunk_address(16 * k + lane % 8 + lane / 16 * 8, col / 8 + 2 * m + lane / 8 % 2));
+  DEVICE void load(u32 (&a)[4], int m, int k) const {
+    ldmatrix_x4_trans(a, tile.chunk_address(16 * k + lane_id() % 8 + lane_id() / 16 * 8,
+                                            col / 8 + 2 * m + lane_id() / 8 % 2));
   }
 };
 // ... or in registers, packed from an accumulator.
 template <int kM, int kK>
 struct Packed {
   u32 fragments[kM][kK][4];
-  DEVICE void load(u32 (&a)[4], int m, int k, int) const {
+  DEVICE void load(u32 (&a)[4], int m, int k) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = fragments[m][k][i];
   }
@@ -79,9 +79,9 @@ template <class Tile>
 struct TransposedRight {
   const Tile& tile;
   int row;
-  DEVICE void load(u32 (&b)[4], int n, int k, int lane) const {
-    ldmatrix_x4(b,
-                tile.chunk_address(row + 16 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+  DEVICE void load(u32 (&b)[4], int n, int k) const {
+    ldmatrix_x4(b, tile.chunk_address(row + 16 * n + lane_id() % 8 + lane_id() / 16 * 8,
+                                      2 * k + lane_id() / 8 % 2));
   }
 };
 // ... or at rows 16 k, columns col + 16 n of a tile that holds b.
@@ -89,24 +89,24 @@ template <class Tile>
 struct Right {
   const Tile& tile;
   int col;
-  DEVICE void load(u32 (&b)[4], int n, int k, int lane) const {
-    ldmatrix_x4_trans(b, tile.chunk_address(16 * k + lane % 16, col / 8 + 2 * n + lane / 16));
+  DEVICE void load(u32 (&b)[4], int n, int k) const {
+    ldmatrix_x4_trans(
+        b, tile.chunk_address(16 * k + lane_id() % 16, col / 8 + 2 * n + lane_id() / 16));
   }
 };
 
 template <int kK, int kM, int kN, class Left, class RightOperand>
 DEVICE void gemm(float (&acc)[kM][kN][4], const Left& left, const RightOperand& right) {
   static_assert(kN % 2 == 0, "columns come in pairs of 8");
-  const int lane = opaque(lane_id());  // fragment addresses kept across tiles would spill
 #pragma unroll
   for (int k = 0; k < kK; k++) {
     u32 a[kM][4];
 #pragma unroll
-    for (int m = 0; m < kM; m++) left.load(a[m], m, k, lane);
+    for (int m = 0; m < kM; m++) left.load(a[m], m, k);
 #pragma unroll
     for (int n = 0; n < kN / 2; n++) {
       u32 b[4];
-      right.load(b, n, k, lane);
+      right.load(b, n, k);
 #pragma unroll
       for (int m = 0; m < kM; m++) {
         mma_m16n8k16<Element>(acc[m][2 * n], a[m], b[0], b[1]);

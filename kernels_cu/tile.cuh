@@ -39,10 +39,9 @@ template <int kThreads, class Tile, int kUnroll, class F>
 DEVICE void for_each_own_vector(const F& f) {
   constexpr int kVecsPerRow = Tile::kCols / kVec;
   constexpr int kVecs = Tile::kRows * kVecsPerRow;
-  const int thread = opaque(threadIdx.x);  // addresses kept across tiles would spill
 #pragma unroll kUnroll
   for (int i = 0; i < ceil_div(kVecs, kThreads); i++) {
-    const int index = thread + i * kThreads;
+    const int index = threadIdx.x + i * kThreads;
     if (kVecs % kThreads != 0 && index >= kVecs) break;
     f(index / kVecsPerRow, index % kVecsPerRow * kVec);
   }

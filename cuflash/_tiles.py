@@ -1,0 +1,86 @@
+"""Which tiles of rows and keys see each other, as plain integers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from cuflash._problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """The keys that rows of one batch entry see, masks aside: i + first <= j <= i + last."""
+
+    rows: int  # valid ones
+    keys: int
+    first: int | None  # None: unbounded
+    last: int | None
+
+    @classmethod
+    def of(cls, problem: Problem, batch: int) -> Band:
+        """The band of one batch entry."""
+        rows, keys = problem.seqlen_q, problem.seqlen_k
+        if problem.q_lens is not None:
+            rows = int(problem.q_lens[batch])
+        if problem.kv_lens is not None:
+            keys = int(problem.kv_lens[batch])
+        offset = keys - rows
+        if problem.offset is not None:
+            single = isinstance(problem.offset, int)
+            offset = problem.offset if single else int(problem.offset[batch])
+        left, right = problem.window
+        first = None if left is None else offset - left
+        last = None if right is None else offset + right
+        return cls(rows, keys, first, last)
+
+    def keys_of(self, rows: slice) -> slice:
+        """The keys that any of these rows sees."""
+        start = 0 if self.first is None else max(0, rows.start + self.first)
+        stop = self.keys if self.last is None else min(self.keys, rows.stop + self.last)
+        return slice(start, stop)
+
+    def rows_of(self, keys: slice) -> slice:
+        """The rows that see any of these keys."""
+        start = 0 if self.last is None else max(0, keys.start - self.last)
+        stop = self.rows if self.first is None else min(self.rows, keys.stop - self.first)
+        return slice(start, stop)
+
+    def hidden(self, rows: slice, keys: slice) -> np.ndarray | None:
+        """(rows, keys), True where a row does not see a key; None if all see all."""
+        shape = (rows.stop - rows.start, keys.stop - keys.start)
+        shift = rows.start - keys.start
+        hidden = None
+        if self.first is not None and keys.start < rows.stop - 1 + self.first:
+            hidden = np.tri(*shape, shift + self.first - 1, dtype=bool)
+        if self.last is not None and keys.stop - 1 > rows.start + self.last:
+            late = ~np.tri(*shape, shift + self.last, dtype=bool)
+            hidden = late if hidden is None else hidden | late
+        return hidden
+
+
+def visible_tiles(
+    band: Band, rows: slice, keys: slice, tile_rows: int
+) -> Iterator[tuple[slice, slice]]:
+    """The tiles of these rows that see some of these keys, each with those that it sees."""
+    some = intersection(rows, band.rows_of(keys))
+    for tile in blocks(some, tile_rows):
+        start = tile.start // tile_rows * tile_rows
+        whole = slice(start, min(start + tile_rows, band.rows))
+        yield whole, intersection(keys, band.keys_of(whole))
+
+
+def blocks(span: slice, size: int) -> Iterator[slice]:
+    """Cut a span at the multiples of size."""
+    start = span.start
+    while start < span.stop:
+        stop = min(start // size * size + size, span.stop)
+        yield slice(start, stop)
+        start = stop
+
+
+def intersection(a: slice, b: slice) -> slice:
+    """What both spans contain; nothing where the stop is not above the start."""
+    return slice(max(a.start, b.start), min(a.stop, b.stop))
