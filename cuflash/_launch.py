@@ -94,7 +94,7 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     problem = _with_device_lengths(problem, on)
     gradient = _with_contiguous_stats(gradient, problem, on)
 
-    alignment = _params.alignment(q, k, v, gradient.dout, *grads)
+    alignment = _params.alignment(q, k, v, gradient.out, gradient.dout, *grads)
     traits = _plan.Traits.of(problem, alignment)
     plan = _plan.backward_plan(traits, on.device.capability, gradient.deterministic)
     query_tiles = _query_tiles(problem, plan.block_q)

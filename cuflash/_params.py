@@ -99,7 +99,7 @@ def _problem(problem: Problem) -> tuple[Any, ...]:
         problem.head_dim_v,
         scale,
         scale_log2,
-        2 * scale_log2 / softcap if softcap else 0.0,
+        scale / softcap if softcap else 0.0,
         softcap * _LOG2_E,
     )
 

@@ -17,8 +17,10 @@ _SMALL_SMEM_LIMIT = 99 * KIB  # 8.6, 8.9, 12.x
 _MAX_BACKWARD_ACCUMULATORS = 192
 # A warp with 32 rows and a quarter of 256 columns of dq spills; 16 rows and a half do not.
 _MAX_HEAD_DIM_OF_TWO_QUERY_WARPS = 128
+# Two warps for each of an SM's four schedulers, so that one computes while the other waits.
+_BUSY_WARPS = 8
 _HEAD_DIM_STEP = 32
-VEC_BYTES = (16, 4, 2)
+VEC_BYTES = (16, 8, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +110,16 @@ class BackwardPlan:
 
 @lru_cache(maxsize=1024)
 def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
-    """The first tiles of the preferred ones that fit the GPU's shared memory."""
+    """The first tiles of the preferred ones that keep the GPU busy, else the first that fit."""
     arch = _arch(capability)
-    tiles = next(
+    candidates = (_FEW_ROWS,) if traits.few_rows else _FORWARD_TILES
+    fitting = [
         tiles
-        for tiles in ((_FEW_ROWS,) if traits.few_rows else _FORWARD_TILES)
+        for tiles in candidates
         if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
-    )
+    ]
+    busy = [tiles for tiles in fitting if tiles.warps_per_sm(traits, capability) >= _BUSY_WARPS]
+    tiles = (busy or fitting)[0]
     smem_bytes = tiles.smem_bytes(traits)
     constants = {
         **traits.constants(),
@@ -141,6 +146,7 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": traits.head_dim,
         "HEAD_DIM_V": traits.head_dim_v,
+        "VEC_BYTES": traits.vec_bytes,
         "PACK_GROUP": int(traits.pack_group),
         "BLOCK_Q": tiles.block_q,
         "WARPS": tiles.warps,
@@ -159,7 +165,7 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
         "SMEM_BYTES": smem_bytes,
     }
     dq_bytes = 2 * tiles.block_q * traits.head_dim
-    post = {**shared, "VEC_BYTES": traits.vec_bytes, "SMEM_BYTES": dq_bytes}
+    post = {**shared, "SMEM_BYTES": dq_bytes}
     return BackwardPlan(
         prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, tiles.warps, 0),
         main=_kernel("flash_bwd_sm80.cu", "flash_bwd", arch, main, tiles.warps, smem_bytes),
@@ -264,6 +270,11 @@ class _ForwardTiles:
         operands = 2 * (self.block_q * traits.head_dim + self.block_kv * both)
         return max(operands, 2 * self.block_q * traits.head_dim_v)
 
+    def warps_per_sm(self, traits: Traits, capability: int) -> int:
+        """As far as shared memory limits them; each block takes 1 KiB more than it asks for."""
+        blocks = (smem_limit(capability) + KIB) // (self.smem_bytes(traits) + KIB)
+        return blocks * self.warps
+
 
 @dataclass(frozen=True, slots=True)
 class _BackwardTiles:
@@ -300,6 +311,7 @@ class _BackwardTiles:
 # both; above a head size of 128 the output needs the registers of eight warps.
 _FORWARD_TILES = (
     _ForwardTiles(block_q=128, block_kv=64, warps=4, max_head_dim=128),
+    _ForwardTiles(block_q=128, block_kv=32, warps=4, max_head_dim=128),
     _ForwardTiles(block_q=128, block_kv=64, warps=8, max_head_dim=256),
     _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256),
 )

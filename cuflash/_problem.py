@@ -20,6 +20,9 @@ FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 DTYPES = {"cpu": (FLOAT16, BFLOAT16, FLOAT32, FLOAT64), "cuda": (FLOAT16, BFLOAT16)}
 MAX_HEAD_DIM = 256
+MAX_FACTOR = 1e30  # with 1 / MAX_FACTOR the range of scale and softcap in float32
+MAX_INDEX = 2**31 - 1024  # the kernels count rows, keys and blocks in 32 bits, rounded up to tiles
+SMALLEST_TILE = 32  # rows of a query tile, keys of a key tile
 MAX_OFFSET = 2**60  # offset + position + window stays inside 64 bits
 
 _BOOLS = (bool, np.bool_)
@@ -82,8 +85,8 @@ class Problem:
             q=q,
             k=k,
             v=v,
-            scale=check.scale(scale, head_dim),
-            softcap=check.softcap(softcap),
+            scale=check.scale(scale, head_dim, q.dtype),
+            softcap=check.softcap(softcap, q.dtype),
             window=check.window(window, causal),
             offset=check.offset(offset, batch),
             q_lens=check.lengths("q_lens", q_lens, batch, seqlen_q),
@@ -253,6 +256,8 @@ class _Check(NamedTuple):
         self.heads(q.shape[2], k.shape[2])
         self.head_dim("q", q.shape[3])
         self.head_dim("v", v.shape[3])
+        if self.device == "cuda" and k.shape[2]:
+            self.indices(q.shape, k.shape)
 
     def axes(self, name: str, array: Array | _Layout, axes: str) -> None:
         expected = axes.count(",") + 1
@@ -287,6 +292,22 @@ class _Check(NamedTuple):
                 f"q has {heads_q} heads, k has {heads_k}; "
                 "expected a number of q heads that is a multiple of k's",
             )
+
+    def indices(self, q: tuple[int, ...], k: tuple[int, ...]) -> None:
+        batch, seqlen_q, heads_q, _ = q
+        seqlen_k, heads_k = k[1:3]
+        rows = seqlen_q * (heads_q // heads_k)
+        blocks = batch * heads_k * (max(rows, seqlen_k) // SMALLEST_TILE + 1)
+        for what, found in (
+            ("Sq * (Hq // Hk)", rows),
+            ("Sq + Sk", seqlen_q + seqlen_k),
+            (f"B * Hk * (Sq * (Hq // Hk) or Sk) / {SMALLEST_TILE}", blocks),
+        ):
+            if found > MAX_INDEX:
+                self.fail(
+                    NotImplementedError,
+                    f"q and k have {what} = {found}; expected at most {MAX_INDEX} on a GPU",
+                )
 
     def head_dim(self, name: str, size: int) -> None:
         if size < 1:
@@ -335,13 +356,24 @@ class _Check(NamedTuple):
             self.fail(ValueError, f"{name} is {number}; expected a finite number")
         return number
 
-    def scale(self, scale: float | None, head_dim: int) -> float:
-        return 1.0 / math.sqrt(head_dim) if scale is None else self.number("scale", scale)
+    def factor(self, name: str, value: Any, dtype: np.dtype) -> float:
+        number = self.number(name, value)
+        fits = number == 0 or 1 / MAX_FACTOR <= abs(number) <= MAX_FACTOR
+        if not fits and accumulator_dtype(dtype) == FLOAT32:
+            self.fail(
+                ValueError,
+                f"{name} is {number}; expected 0, or a size from {1 / MAX_FACTOR:.0e} to "
+                f"{MAX_FACTOR:.0e} where sums are float32",
+            )
+        return number
 
-    def softcap(self, softcap: float | None) -> float:
+    def scale(self, scale: float | None, head_dim: int, dtype: np.dtype) -> float:
+        return 1.0 / math.sqrt(head_dim) if scale is None else self.factor("scale", scale, dtype)
+
+    def softcap(self, softcap: float | None, dtype: np.dtype) -> float:
         if softcap is None:
             return 0.0
-        value = self.number("softcap", softcap)
+        value = self.factor("softcap", softcap, dtype)
         if value < 0:
             self.fail(ValueError, f"softcap is {value}; expected a positive number, or 0 for none")
         return value

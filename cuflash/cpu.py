@@ -158,7 +158,7 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
     work, band = item.work, item.band
     every_row = slice(0, band.rows)
     operands = [_query_and_dout(item, gradient, rows) for rows in blocks(every_row, work.tile_rows)]
-    scratch = [item.scratch() for _ in range(3)]
+    scratch = [item.scratch() for _ in range(3 if work.softcap else 2)]
     for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
         loaded = item.load_keys(keys)
         dkey, dvalue = np.zeros_like(loaded.key[..., :-1]), np.zeros_like(loaded.value[..., :-1])

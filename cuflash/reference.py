@@ -127,12 +127,12 @@ def attention_backward(
         dproducts = np.where(visible, scale * slope * dscores, 0)
         dq = _sum_over_visible(dproducts, k, visible)
         dk = _sum_over_visible(dproducts.swapaxes(2, 3), q, visible_t)
-    return Gradients(
-        dq=dq.swapaxes(1, 2),
-        dk=_sum_groups(dk, group).swapaxes(1, 2),
-        dv=_sum_groups(dv, group).swapaxes(1, 2),
-        dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
-    )
+        return Gradients(
+            dq=dq.swapaxes(1, 2),
+            dk=_sum_groups(dk, group).swapaxes(1, 2),
+            dv=_sum_groups(dv, group).swapaxes(1, 2),
+            dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
+        )
 
 
 def _visible(

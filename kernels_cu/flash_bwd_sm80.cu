@@ -123,10 +123,10 @@ DEVICE void hide(ScoreGrid::Acc& p, ScoreGrid::Acc& ds, const Mask& mask, int fi
 
 // acc = a gradient of keys: the rows of `tile` that are not finite reach only the keys that they
 // see.
-template <class Grid, class Tile>
+template <bool kAsNaN, class Grid, class Tile>
 DEVICE void add_non_finite_queries(typename Grid::Acc& acc, const Tile& tile, const Mask& mask,
                                    int first_row, int first_key) {
-  add_non_finite(acc, tile, Grid::col(), [&](int key, int row) {
+  add_non_finite<kAsNaN>(acc, tile, Grid::col(), [&](int key, int row) {
     return mask.visible(first_row + row, first_key + Grid::row() + key);
   });
 }
@@ -139,7 +139,7 @@ DEVICE void query_gradient(QueryGrid::Acc& dq, const ScoreTile& ds_smem, const K
                            const LoadKeys& load_keys) {
   clear(dq);
   if (non_finite) {
-    add_non_finite(dq, k_smem, QueryGrid::col(), [&](int row, int key) {
+    add_non_finite<true>(dq, k_smem, QueryGrid::col(), [&](int row, int key) {
       return mask.visible(first_row + QueryGrid::row() + row, first_key + key);
     });
     __syncthreads();
@@ -154,20 +154,16 @@ DEVICE void query_gradient(QueryGrid::Acc& dq, const ScoreTile& ds_smem, const K
   }
 }
 
-// dq to the workspace, in this key tile's turn.
-DEVICE void add_query_gradient(const BackwardParams& p, QueryGrid::Acc& dq, i64 tile, u32 turn) {
-  u32* turns = p.turns + 1 + tile;
-  if (kDeterministic) {
-    if (threadIdx.x == 0)
-      while (ld_acquire(turns) != turn) {
-      }
-    __syncthreads();
-  }
-  for_each_dq(dq, p.dq_acc, tile, [](float value, float* target) { red_add(target, value); });
-  if (kDeterministic) {
-    __syncthreads();
-    if (threadIdx.x == 0) red_release_add(turns, 1);
-  }
+// Key tiles add to a query tile in turns, lowest first. The counter is thread 0's; barriers carry
+// what it has seen to the other threads, and their additions to it.
+DEVICE void await_turn(const u32* counter, u32 turn) {
+  if (kDeterministic && threadIdx.x == 0)
+    while (ld_acquire(counter) != turn) {
+    }
+  __syncwarp();
+}
+DEVICE void end_turn(u32* counter) {
+  if (kDeterministic && threadIdx.x == 0) red_release_add(counter, 1);
 }
 
 // Work in the order in which blocks ask for it; without order, by block.
@@ -195,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int first_key = work.tile * kBlockKV;
   const int head = work.head_k * p.problem.group;
   QueryTiles tiles(mask, work.tile, kBlockQ, kBlockKV);
+  u32* turns = p.turns + 1;
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
   const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
@@ -249,7 +246,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const bool non_finite =
         __syncthreads_or(partly_visible && (copied_non_finite<kThreads>(q_smem) ||
                                             copied_non_finite<kThreads>(dout_smem)));
-    if (kStages == 2 && tiles.has_next()) load_queries(1 - stage, tiles.current + 1);
+    if (tiles.has_previous()) end_turn(turns + workspace + 1);
+    if (kStages == 2 && tiles.has_next()) load_queries(1 - stage, tiles.next());
 
     // s = q kᵀ, dp = dout vᵀ, p and ds
     ScoreGrid::Acc s, dp;
@@ -266,8 +264,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __syncthreads();  // p and ds are whole, and every warp has finished q kᵀ and dout vᵀ
 
     if (non_finite) {
-      add_non_finite_queries<ValueGrid>(dv, dout_smem, mask, first_row, first_key);
-      add_non_finite_queries<KeyGrid>(dk, q_smem, mask, first_row, first_key);
+      add_non_finite_queries<false, ValueGrid>(dv, dout_smem, mask, first_row, first_key);
+      add_non_finite_queries<true, KeyGrid>(dk, q_smem, mask, first_row, first_key);
       __syncthreads();
       zero_non_finite<kThreads>(dout_smem);
       zero_non_finite<kThreads>(q_smem);
@@ -281,20 +279,24 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                        Right<QTile>{q_smem, KeyGrid::col()});
     if (kStages == 1 && tiles.has_next()) {
       __syncthreads();  // every warp has finished with q and dout
-      load_queries(0, tiles.current + 1);
+      load_queries(0, tiles.next());
     }
 
     // dq += ds k
+    await_turn(turns + workspace, tiles.turn());
     QueryGrid::Acc dq;
     query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, first_row,
                    first_key, [&] { load_keys(k_smem, p.k, p.problem.head_dim); });
-    add_query_gradient(p, dq, workspace, tiles.turn());
+    if (kDeterministic) __syncthreads();  // it is this tile's turn for every thread
+    for_each_dq(dq, p.dq_acc, workspace, [](float value, float* sum) { red_add(sum, value); });
     if (kStages == 2) stage = 1 - stage;
   }
 
   // dk and dv through shared memory to whole rows
   cp_async_wait<0>();
-  __syncthreads();  // every warp has finished with k and v
+  __syncthreads();  // every warp has finished with k, v and dq
+  if (!tiles.empty())
+    end_turn(turns + workspace_tile(p.problem, work.batch, work.head_k, tiles.visited.begin));
   to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
   to_smem<ValueGrid>(v_smem, dv, 1.f);
   __syncthreads();

@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     // o += p v
     const auto probabilities = pack_operand(s_acc);
     if (non_finite) {
-      add_non_finite(o_acc, v_smem, 0, [&](int row, int key) {
+      add_non_finite<false>(o_acc, v_smem, 0, [&](int row, int key) {
         return mask.visible(first_row + warp_row + row, first_key + key);
       });
       __syncthreads();

@@ -9,6 +9,9 @@ struct Interval {
   int begin, end;  // [begin, end); empty where end <= begin
 };
 
+// Farther than any array reaches, and no sum with a window wraps around.
+constexpr i64 kFarthestOffset = 1ll << 60;
+
 struct Mask {
   Rows rows;
   int q_len, kv_len;
@@ -19,7 +22,7 @@ struct Mask {
     q_len = p.q_lens ? clamp(p.q_lens[batch], 0, p.seqlen_q) : p.seqlen_q;
     kv_len = p.kv_lens ? clamp(p.kv_lens[batch], 0, p.seqlen_k) : p.seqlen_k;
     i64 offset = p.offset_is_given ? p.offset : (i64)kv_len - q_len;
-    if (p.offsets) offset = p.offsets[batch];
+    if (p.offsets) offset = larger(smaller(p.offsets[batch], kFarthestOffset), -kFarthestOffset);
     // Beyond these ends nothing changes, and 0 <= i < Sq keeps i + first and i + last + 1 in 32
     // bits.
     first = clamp(offset - p.window_left, -p.seqlen_q, p.seqlen_k);

@@ -22,8 +22,9 @@ DEVICE bool copied_non_finite(const Tile& tile) {
   return found;
 }
 
-// acc += what of tile's rows is not finite, where visible(acc row, tile row).
-template <int kM, int kN, class Tile, class Visible>
+// acc += what of tile's rows is not finite, where visible(acc row, tile row). kAsNaN: what
+// multiplies it is 0 or NaN there (a score that is not finite), so that the product is NaN.
+template <bool kAsNaN, int kM, int kN, class Tile, class Visible>
 DEVICE void add_non_finite(float (&acc)[kM][kN][4], const Tile& tile, int first_col,
                            const Visible& visible) {
 #pragma unroll 1
@@ -40,7 +41,9 @@ DEVICE void add_non_finite(float (&acc)[kM][kN][4], const Tile& tile, int first_
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const u16 bits = ld_shared_u16(tile.address(row, warp_col + acc_col(n, e)));
-        const float value = is_finite(bits) ? 0.f : to_float<Element>(bits);
+        const float value = is_finite(bits) ? 0.f
+                            : kAsNaN        ? not_a_number()
+                                            : to_float<Element>(bits);
 #pragma unroll
         for (int m = 0; m < kM; m++)
 #pragma unroll

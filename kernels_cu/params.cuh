@@ -31,7 +31,7 @@ struct Problem {
   int head_dim_v;
   float scale;         // multiplies q kᵀ
   float scale_log2;    // scale log2(e)
-  float softcap_in;    // 2 scale log2(e) / softcap
+  float softcap_in;    // scale / softcap
   float softcap_log2;  // softcap log2(e)
 };
 

@@ -18,7 +18,8 @@ struct KeyTiles {
   DEVICE bool partly_visible() const { return current < full.begin || current >= full.end; }
 };
 
-// The query tiles of one key tile, from the first to the last.
+// The query tiles of one key tile, from the last to the first: the lower key tiles, whose turn
+// comes before, have then long left the diagonal, where this one ends.
 struct QueryTiles {
   const Mask& mask;
   Interval visited;
@@ -27,14 +28,17 @@ struct QueryTiles {
   DEVICE QueryTiles(const Mask& mask, int key_tile, int block_q, int block_kv)
       : mask(mask),
         visited(mask.query_tiles(key_tile * block_kv, block_q, block_kv)),
-        current(visited.begin),
+        current(visited.end - 1),
         block_q(block_q),
         block_kv(block_kv),
         key_tile(key_tile) {}
 
-  DEVICE bool valid() const { return current < visited.end; }
-  DEVICE bool has_next() const { return current + 1 < visited.end; }
-  DEVICE void advance() { current++; }
+  DEVICE bool valid() const { return current >= visited.begin; }
+  DEVICE bool has_next() const { return current > visited.begin; }
+  DEVICE bool has_previous() const { return current + 1 < visited.end; }
+  DEVICE bool empty() const { return visited.begin >= visited.end; }
+  DEVICE int next() const { return current - 1; }
+  DEVICE void advance() { current--; }
   // Rows past the length count as not visible: zeros times an infinite key would not be zero.
   DEVICE bool partly_visible() const {
     const Interval full = mask.full_key_tiles(current * block_q, block_q, block_kv);

@@ -27,12 +27,20 @@ struct Scores {
 
   template <int kM, int kN>
   DEVICE void transform(float (&s_acc)[kM][kN][4]) const {
-    if constexpr (kSoftcap)  // tanh x = 1 - 2 / (1 + e^2x)
-      for_each(s_acc, [&](float& s, int, int, int) {
-        s = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(s * softcap_in));
-      });
+    if constexpr (kSoftcap)
+      for_each(s_acc, [&](float& s, int, int, int) { s = tanh(s * softcap_in); });
     else if constexpr (kScaleFirst)
       for_each(s_acc, [&](float& s, int, int, int) { s *= scale_log2; });
+  }
+
+  // Accurate relative to its value: 1 - 2 / (1 + e^2x) cancels near 0, where a series takes over.
+  static DEVICE float tanh(float x) {
+    const float square = x * x;
+    const float series =
+        x + x * square *
+                (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835)));
+    const float quotient = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(2.f * kLog2e * x));
+    return square < 1.f / 16 ? series : quotient;
   }
 
   // d score / d (scale q kᵀ), from a transformed score.

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from emulator import EmulatorError, UnsupportedPtx, guarded, load
@@ -142,3 +147,17 @@ def test_all_of_shared_memory_and_512_threads() -> None:
         "mov.u32 %r1, smem; mad.lo.u32 %r2, %r0, 4, %r1; st.shared.u32 [%r2+230400], %r0;"
     )
     launch(kernel, np.zeros(1, np.uint32), block=512, smem=232448)
+
+
+@pytest.mark.full
+def test_processes_share_an_empty_cache(tmp_path: Path) -> None:
+    code = "from test_emulator import program; program('mov.u32 %r1, 1;')"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+    folder = Path(__file__).parent
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment)
+        for _ in range(3)
+    ]
+    assert [worker.wait(300) for worker in workers] == [0, 0, 0]
+    files = sorted(p.name.split("-")[0] for p in (tmp_path / "cuflash" / "emulator").iterdir())
+    assert files == ["kernel", "runtime"]

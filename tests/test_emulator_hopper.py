@@ -358,3 +358,26 @@ def test_register_budget() -> None:
         launch(program("setmaxnreg.dec.sync.aligned.u32 20;"), out, block=128)
     with pytest.raises(EmulatorError, match="setmaxnreg.inc 64: the warp has 168"):
         launch(program("setmaxnreg.inc.sync.aligned.u32 64;"), out, block=384)
+
+
+@pytest.mark.parametrize("schedule", ["eager", "lazy", "random"])
+def test_cp_async_completes_on_an_mbarrier(schedule: str) -> None:
+    body = BARRIER.replace("], 1;", "], 32;") + per_thread(1, 4, "%rd10") + "shl.b32 %r5, %r0, 2;"
+    body += """add.u32 %r6, %r2, %r5; cp.async.ca.shared.global [%r6], [%rd10], 4;
+        cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%r1]; {}
+        xor.b32 %r7, %r5, 4; add.u32 %r7, %r7, %r2; ld.shared.u32 %r8, [%r7];"""
+    body += per_thread(0, 4, "%rd11") + "st.global.u32 [%rd11], %r8;"
+    source, out = np.arange(32, dtype=np.uint32), np.zeros(32, np.uint32)
+    launch(program(body.format(WAIT), 2), out, source, schedule=schedule)
+    np.testing.assert_array_equal(out, source ^ 1)
+    with pytest.raises(EmulatorError, match="race: ld.shared.* the write by cp.async"):
+        launch(program(body.format("") + WAIT, 2), out, source, schedule=schedule)
+
+
+def test_bulk_copies_stay_in_their_buffers() -> None:
+    source, out = np.zeros(512, np.float32), np.zeros(508, np.float32)
+    kernel = program(BARRIER + bulk_load(1, 2048) + WAIT + bulk_store(0, 2048), 2)
+    with pytest.raises(EmulatorError, match="thread 0 .*bulk store of 16 bytes.*out of bounds"):
+        launch(kernel, out, source)
+    with pytest.raises(EmulatorError, match="thread 0 .*bulk load of 16 bytes.*out of bounds"):
+        launch(kernel, source, out)

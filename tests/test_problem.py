@@ -266,6 +266,35 @@ def test_bad_numbers(
         make.problem(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("sq", "sk", "heads_q", "batch", "found"),
+    [
+        (2**29, 4, 4, 1, "Sq * (Hq // Hk) = 2147483648"),
+        (2**30, 2**30, 1, 1, "Sq + Sk = 2147483648"),
+        (2**30, 4, 1, 64, "B * Hk * (Sq * (Hq // Hk) or Sk) / 32 = 2147483712"),
+    ],
+)
+def test_sizes_beyond_32_bits(sq: int, sk: int, heads_q: int, batch: int, found: str) -> None:
+    def unreal(seqlen: int, heads: int) -> np.ndarray:
+        return np.broadcast_to(np.zeros((1, 1, 1, 8), np.float16), (batch, seqlen, heads, 8))
+
+    q, k = unreal(sq, heads_q), unreal(sk, 1)
+    with refused(
+        NotImplementedError, f"q and k have {found}; expected at most 2147482624 on a GPU"
+    ):
+        _problem.Problem.create("attention", "cuda", q, k, k)
+    _problem.Problem.create("attention", "cpu", q, k, k)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+@pytest.mark.parametrize("value", [1e31, 1e-31, 1e300])
+def test_factors_that_float32_cannot_hold(make: Maker, name: str, value: float) -> None:
+    expected = "expected 0, or a size from 1e-30 to 1e+30 where sums are float32"
+    with refused(ValueError, f"{name} is {value}; {expected}"):
+        make.problem(**{name: value})
+    assert make.problem(**{name: 1e-30}).dtype == make.problem().dtype
+
+
 def test_negative_softcap(make: Maker) -> None:
     with refused(ValueError, "softcap is -1.0; expected a positive number, or 0 for none"):
         make.problem(softcap=-1)

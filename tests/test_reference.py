@@ -142,7 +142,7 @@ def test_which_keys_are_seen() -> None:
 
     def seen(**options: Any) -> list[str]:
         out, _ = reference.attention(q, k, v, **options)
-        return ["".join(".x"[weight > 0] for weight in row) for row in out[0, :, 0]]
+        return ["".join(".x"[int(weight > 0)] for weight in row) for row in out[0, :, 0]]
 
     assert seen() == ["xxxxx", "xxxxx", "xxxxx"]
     assert seen(causal=True) == ["xxx..", "xxxx.", "xxxxx"]
@@ -151,7 +151,7 @@ def test_which_keys_are_seen() -> None:
     assert seen(window=(1, 0)) == [".xx..", "..xx.", "...xx"]
     assert seen(window=(1, 1), offset=0) == ["xx...", "xxx..", ".xxx."]
     assert seen(window=(1, 1), causal=True) == [".xx..", "..xx.", "...xx"]
-    assert seen(window=(2**62, None), offset=2**62) == ["xxxxx", ".xxxx", "..xxx"]
+    assert seen(window=(2**40, None), offset=2**40) == ["xxxxx", ".xxxx", "..xxx"]
     assert seen(kv_lens=np.array([2]), causal=True) == [".....", "x....", "xx..."]
     assert seen(q_lens=np.array([2]), causal=True) == ["xxxx.", "xxxxx", "....."]
     mask = np.array([False, True, True, True, False])
@@ -196,17 +196,17 @@ def test_what_is_not_finite_stays_with_the_rows_that_see_it(
 
     rows_that_see = {"q": [3], "dout": [3], "k": [3, 4], "v": [3, 4], "bias": []}[name]
     others = [i for i in range(SQ) if i not in rows_that_see]
-    for before, after in ((clean[0], dirty[0]), (clean[2], dirty[2])):  # out, dq
-        np.testing.assert_array_equal(after[:, others], before[:, others])
-    np.testing.assert_array_equal(dirty[1][:, :, others], clean[1][:, :, others])
-    for before, after in ((clean[3], dirty[3]), (clean[4], dirty[4])):  # dk, dv
-        last_key_of_row_3 = 5
-        later = slice(last_key_of_row_3 + 1, None)
-        if rows_that_see == [3]:
-            np.testing.assert_array_equal(after[:, later], before[:, later])
-        np.testing.assert_array_equal(after[1], before[1])
-    if rows_that_see:
-        assert np.isnan(dirty[2][0, 3, 0]).any()
+    out, lse, dq, dk, dv, dbias = zip(clean, dirty, strict=True)
+    equal = np.testing.assert_allclose
+    for before, after in (out, dq):
+        equal(after[:, others], before[:, others], rtol=1e-12)
+    for before, after in (lse, dbias):
+        equal(after[:, :, others], before[:, :, others], rtol=1e-12)
+    for before, after in (dk, dv):
+        equal(after[1], before[1], rtol=1e-12)  # the other batch entry
+        if rows_that_see == [3]:  # which sees keys 0 to 5
+            equal(after[:, 6:], before[:, 6:], rtol=1e-12)
+    assert np.isnan(dq[1][0, 3, 0]).any() == bool(rows_that_see)
 
 
 def backward(dout: np.ndarray, x: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -63,7 +63,7 @@ def runtime() -> ctypes.CDLL:
 
 
 def kernel_library(ptx: str, entry: str, translate: Callable[[], str]) -> ctypes.CDLL:
-    """An entry point of a PTX text; `translate` gives its C++, asked for where there is no cached one."""
+    """An entry point of a PTX text; `translate` gives its C++ if it is not cached."""
     runtime()
     folder = _runtime_folder()
     target = cache_folder() / f"kernel-{_digest(folder.name, _translator(), entry, ptx)}.so"

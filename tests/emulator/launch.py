@@ -77,7 +77,21 @@ class Stats:
 
 
 class Kernel:
-    """A kernel translated from PTX; `load` makes one."""
+    """A kernel translated from PTX; `load` makes one.
+
+    Options of a launch:
+        schedule: "eager" (round robin, asynchronous work at once), "lazy" (as late as possible, the
+            highest warp first) or "random" by `seed`.
+        threads: OS threads; blocks start in linear order, each on the next free one.
+        buffers: if given, every global access has to lie in the memory of one of these arrays, and
+            every write in one that is writeable.
+        races: detect races and missing proxy fences in shared memory.
+        poison: fill shared memory and what is in flight with NaN.
+        strict_cp_async: wgmma may read what cp.async wrote only after a proxy fence.
+        order_collectives: each warp instruction orders its lanes, not only __syncwarp.
+        allow_same_value: unordered writes of the value that is there already are no race.
+        allow_a_reuse: registers of A may be written while a wgmma that reads them is in flight.
+    """
 
     def __init__(self, ptx: str, entry: str | None) -> None:
         self._lines = ptx.splitlines()
@@ -108,24 +122,13 @@ class Kernel:
         allow_same_value: bool = False,
         allow_a_reuse: bool = False,
     ) -> Stats:
-        """Runs the whole grid.
+        """Runs the whole grid; the class describes the options.
 
         Args:
             grid, block: one to three extents.
             smem_bytes: dynamic shared memory.
             args: one per PTX parameter. Of an array the address is passed, unless it is 0-d or has
                 one element of a structured type: such ones, bytes and scalars are passed by value.
-            schedule: "eager" (round robin, asynchronous work at once), "lazy" (as late as possible,
-                the highest warp first) or "random" by `seed`.
-            threads: OS threads; blocks start in linear order, each on the next free one.
-            buffers: if given, every global access has to lie in the memory of one of these arrays,
-                and every write in one that is writeable.
-            races: detect races and missing proxy fences in shared memory.
-            poison: fill shared memory and what is in flight with NaN.
-            strict_cp_async: wgmma may read what cp.async wrote only after a proxy fence.
-            order_collectives: each warp instruction orders its lanes, not only __syncwarp.
-            allow_same_value: unordered writes of the value that is there already are no race.
-            allow_a_reuse: registers of A may be written while a wgmma that reads them is in flight.
 
         Raises:
             EmulatorError: the kernel did something wrong.

@@ -7,19 +7,12 @@ from dataclasses import dataclass, field
 
 from .errors import UnsupportedPtx
 
-TYPE_BYTES = (
-    {"pred": 1, "f16x2": 4, "bf16x2": 4, "f32x2": 8, "tf32": 4, "bf16": 2}
-    | {
-        f"{kind}{width}": width // 8
-        for kind, widths in {
-            "b": (8, 16, 32, 64, 128),
-            "u": (8, 16, 32, 64),
-            "s": (8, 16, 32, 64),
-        }.items()
-        for width in widths
-    }
-    | {"f16": 2, "f32": 4, "f64": 8}
-)
+TYPE_BYTES = {
+    **{"pred": 1, "b8": 1, "u8": 1, "s8": 1},
+    **{"b16": 2, "u16": 2, "s16": 2, "f16": 2, "bf16": 2},
+    **{"b32": 4, "u32": 4, "s32": 4, "f32": 4, "f16x2": 4, "bf16x2": 4, "tf32": 4},
+    **{"b64": 8, "u64": 8, "s64": 8, "f64": 8, "f32x2": 8, "b128": 16},
+}
 
 
 @dataclass(frozen=True)

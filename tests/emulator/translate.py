@@ -47,6 +47,8 @@ _SPECIAL_REGISTERS = {
     "WARP_SZ": "32u",
 }
 _SHARED_BASE = 1024
+_SPACES = ("shared", "global", "local", "param", "const")
+_CACHE_HINTS = ("ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc")
 
 
 def value_type(ptx_type: str) -> str:
@@ -108,21 +110,18 @@ class Instruction:
     @property
     def space(self) -> str:
         spaces = (m.partition("::")[0] for m in self.modifiers)
-        return next(
-            (s for s in spaces if s in ("shared", "global", "local", "param", "const")), "generic"
-        )
+        return next((s for s in spaces if s in _SPACES), "generic")
 
     def allow(self, modifiers: str) -> None:
         """Refuses modifiers other than these, types, state spaces and cache hints."""
         for m in self.modifiers:
-            known = m in modifiers.split() or m in TYPE_BYTES or m in ("L1::no_allocate", "nc")
-            hint = m.startswith(("L1::", "L2::")) or m in ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
-            space = m.partition("::")[0] in ("shared", "global", "local", "param", "const")
-            if not (known or hint or space):
+            prefix = m.partition("::")[0]
+            known = (*modifiers.split(), *TYPE_BYTES, *_SPACES, *_CACHE_HINTS)
+            if m not in known and prefix not in (*_SPACES, "L1", "L2"):
                 raise self.unsupported(f"modifier .{m}")
 
     def unsupported(self, what: str) -> UnsupportedPtx:
-        return UnsupportedPtx(f"{what} in `{self.text};`")
+        return UnsupportedPtx(f"{self.base}: {what}")
 
 
 @dataclass
@@ -208,7 +207,7 @@ class Translator:
                 body.append(self._statement(statement))
             except UnsupportedPtx as error:
                 where = f"kernel {self.entry.name}, PTX line {statement.line}"
-                raise UnsupportedPtx(f"{where}: {error}; statement `{statement.text}`") from None
+                raise UnsupportedPtx(f"{where}: {error} in `{statement.text};`") from None
         return self._source("\n".join(line for line in body if line))
 
     # Operands.

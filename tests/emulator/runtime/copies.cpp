@@ -68,14 +68,13 @@ void cp_async_mbarrier_arrive(u32 address, bool counted) {
   Thread& t = *cta->current;
   Mbarrier& m = mbarrier_at(address, "cp.async.mbarrier.arrive");
   if (!counted) m.pending++;
-  auto* arrival = new AsyncCopy{.op = Bulk::store,
-                                .map = {},
-                                .at = {},
-                                .barrier = &m,
-                                .clock = t.warp->clock,
-                                .done = false,
-                                .copier = &t,
-                                .copies = t.copies.size()};
+  auto* arrival = new AsyncCopy{};
+  arrival->op = Bulk::store;
+  arrival->barrier = &m;
+  arrival->clock = t.warp->clock;
+  arrival->thread = &t;
+  arrival->is_arrival = true;
+  arrival->copies = t.copies.size();
   const auto& times = t.warp->copy_times;
   if (!times.empty())
     arrival->clock.seen[kCopyUnit + t.warp->id] =
@@ -85,8 +84,8 @@ void cp_async_mbarrier_arrive(u32 address, bool counted) {
 }
 
 // ---- Bulk copies and TMA.
-u32 swizzled(u32 address,
-             u32 span) {  // XORs the 16-byte chunk with the number of the 128-byte line
+// XORs the index of the 16-byte chunk with that of the 128-byte line.
+u32 swizzled(u32 address, u32 span) {
   return span == 0 ? address : address ^ (address >> 7 & (span / 16 - 1)) << 4;
 }
 
@@ -156,17 +155,20 @@ void complete_async(size_t i) {
   AsyncCopy* copy = cta->pending[i];
   cta->pending.erase(cta->pending.begin() + i);
   made_progress();
-  if (copy->copier) {
-    finish_copies(*copy->copier, copy->copies);
-    copy->barrier->clock.join(copy->clock);
-    arrive_now(*copy->barrier, 1, 0);
-    delete copy;
-    return;
+  if (copy->is_arrival) {
+    finish_copies(*copy->thread, copy->copies);
+  } else {
+    Thread* running = cta->current;
+    cta->current = copy->thread;  // whom an error concerns
+    execute(*copy);
+    cta->current = running;
+    if (copy->op != Bulk::load) return;  // its thread waits for it
   }
-  execute(*copy);
-  if (copy->op != Bulk::load) return;  // its thread waits for it
   copy->barrier->clock.join(copy->clock);
-  arrive_now(*copy->barrier, 0, -i64{copy->map.box_bytes()});
+  if (copy->is_arrival)
+    arrive_now(*copy->barrier, 1, 0);
+  else
+    arrive_now(*copy->barrier, 0, -i64{copy->map.box_bytes()});
   delete copy;
 }
 
@@ -175,14 +177,7 @@ static void issue(Bulk op, u32 shared, const TensorMap& map, const i32* at, Mbar
                      : op == Bulk::store ? "bulk store"
                                          : "bulk reduce";
   Thread& t = *cta->current;
-  auto* copy = new AsyncCopy{.op = op,
-                             .shared = shared,
-                             .map = map,
-                             .at = {},
-                             .barrier = barrier,
-                             .clock = t.warp->clock,
-                             .done = false,
-                             .copier = nullptr};
+  auto* copy = new AsyncCopy{op, shared, map, {}, barrier, 0, 0, t.warp->clock, &t};
   std::copy_n(at, map.rank, copy->at);
   copy->actor = op == Bulk::load ? kBulkLoad + cta->next_load_unit++ % kBulkLoads
                                  : kBulkStore + cta->next_store_unit++ % kBulkStores;

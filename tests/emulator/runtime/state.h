@@ -94,9 +94,11 @@ struct AsyncCopy {
   int actor;
   u32 time;
   Clock clock;
-  bool done, late;  // late: only when nothing else can run
-  Thread* copier;   // set for cp.async.mbarrier.arrive: whose copies it waits for
-  size_t copies;
+  Thread* thread;  // that issued it
+  bool done = false;
+  bool late = false;        // completes only when nothing else can run
+  bool is_arrival = false;  // cp.async.mbarrier.arrive, for the first `copies` of the thread
+  size_t copies = 0;
 };
 struct AccumulatorBuffer {
   float values[64 * 256];
