@@ -20,6 +20,7 @@ Inside, scores are in units of log 2, because exp2 is twice as fast as exp.
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,16 +87,15 @@ def _attend(item: _Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
     work = item.work
     softmaxes = {}
     for tile_rows in blocks(rows, work.tile_rows):
-        query = item.query(tile_rows, reference=0)
+        query = item.query(tile_rows)
         sums = np.zeros((*query.shape[:2], work.v.shape[-1] + 1), work.dtype)
         softmaxes[tile_rows.start] = _OnlineSoftmax(work, query, sums)
-    scratch = item.scratch()
     for keys in blocks(item.band.keys_of(rows), work.tile_keys):
         loaded = item.load_keys(keys)
         for tile_rows, seen in visible_tiles(item.band, rows, keys, work.tile_rows):
             tile = item.tile(tile_rows, seen, loaded)
             if tile is not None:
-                softmaxes[tile_rows.start].step(tile, scratch)
+                softmaxes[tile_rows.start].step(tile)
     for tile_rows in blocks(rows, work.tile_rows):
         softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows])
 
@@ -108,13 +108,13 @@ class _OnlineSoftmax:
     query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -reference
     sums: np.ndarray  # (heads, group * rows, Dv + 1): numerator, and denominator in the last column
 
-    def step(self, tile: _Tile, scratch: np.ndarray) -> None:
+    def step(self, tile: _Tile) -> None:
         """Attend to one more tile of keys."""
-        scores = _scores(self.work, self.query, tile, scratch)
+        scores = _scores(self.work, self.query, tile)
         probs = _hide(_exp2(scores), tile.hidden, 0)
         gathered = _product(probs, tile.value, tile.hidden)
         if not self.in_range(gathered, tile.hidden):
-            scores = _scores(self.work, self.query, tile, scratch)
+            scores = _scores(self.work, self.query, tile)
             self.raise_reference(_hide(scores, tile.hidden, -np.inf))
             probs = _exp2(scores)
             gathered = _product(probs, tile.value, tile.hidden)
@@ -157,8 +157,9 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
     """Add what every `splits`-th block of keys contributes to the gradients of some heads."""
     work, band = item.work, item.band
     every_row = slice(0, band.rows)
-    operands = [_query_and_dout(item, gradient, rows) for rows in blocks(every_row, work.tile_rows)]
-    scratch = [item.scratch() for _ in range(3 if work.softcap else 2)]
+    row_blocks = [
+        _RowBlock.load(item, gradient, rows) for rows in blocks(every_row, work.tile_rows)
+    ]
     for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
         loaded = item.load_keys(keys)
         dkey, dvalue = np.zeros_like(loaded.key[..., :-1]), np.zeros_like(loaded.value[..., :-1])
@@ -166,49 +167,66 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
             tile = item.tile(rows, seen, loaded)
             if tile is None:
                 continue
-            query, dout = operands[rows.start // work.tile_rows]
-            probs, dscores, slope = _differentiate_softmax(work, query, dout, tile, scratch)
+            block = row_blocks[rows.start // work.tile_rows]
+            probs, dscores, slope = block.differentiate_softmax(work, tile)
             sums.add_bias(item, rows, seen, split, dscores)
             if slope is not None:
                 dscores *= slope
-            part = loaded.part(seen)
-            dvalue[part] += _product(_transposed(probs), dout[..., :-1], _transposed(tile.hidden))
-            dkey[part] += _product(_transposed(dscores), query[..., :-1], _transposed(tile.hidden))
-            sums.add_query(item, rows, split, _product(dscores, tile.key[..., :-1], tile.hidden))
+            part, hidden_t = loaded.part(seen), _transposed(tile.hidden)
+            dvalue[part] += _product(_transposed(probs), block.dout[..., :-1], hidden_t)
+            dkey[part] += _product(_transposed(dscores), block.query[..., :-1], hidden_t)
+            block.dquery[...] += _product(dscores, tile.key[..., :-1], tile.hidden)
         sums.dk[item.index][:, 0, keys] = dkey * LN_2
         sums.dv[item.index][:, 0, keys] = dvalue
+    for block in row_blocks:
+        target = sums.dq[split][item.index][:, :, block.rows]
+        dquery = block.dquery.reshape(target.shape)
+        np.multiply(dquery, work.problem.scale, out=target, casting="same_kind")
 
 
-def _query_and_dout(
-    item: _Item, gradient: GradientProblem, rows: slice
-) -> tuple[np.ndarray, np.ndarray]:
-    """The scaled queries with -lse beside them, and dout with -delta beside it."""
-    work = item.work
+@dataclass(frozen=True, slots=True)
+class _RowBlock:
+    """A tile of rows in the backward pass."""
 
-    def some(x: np.ndarray) -> np.ndarray:
-        return x[item.index][:, :, rows]
+    rows: slice
+    query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -lse
+    dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta
+    dquery: np.ndarray  # (heads, group * rows, D), to be scaled
 
-    lse = some(work.rows_by_key_head(gradient.lse))
-    # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
-    query = item.query(rows, reference=np.where(lse == -np.inf, np.inf, lse * LOG2_E))
-    dout = some(work.by_key_head(gradient.dout)).astype(work.dtype, copy=False)
-    delta = (dout * some(work.by_key_head(gradient.out))).sum(axis=-1)
-    if gradient.dlse is not None:
-        delta -= some(work.rows_by_key_head(gradient.dlse))
-    return query, _with_column(dout, -delta, work.dtype)
+    @classmethod
+    def load(cls, item: _Item, gradient: GradientProblem, rows: slice) -> _RowBlock:
+        work = item.work
 
+        def some(x: np.ndarray) -> np.ndarray:
+            return x[item.index][:, :, rows]
 
-def _differentiate_softmax(
-    work: _Work, query: np.ndarray, dout: np.ndarray, tile: _Tile, scratch: list[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Probabilities, the gradient of the scores, and the slope of the softcap."""
-    shape = (*query.shape[:2], tile.key.shape[1])
-    slope = _shaped(scratch[2], shape) if work.softcap else None
-    scores = _scores(work, query, tile, scratch[0], slope)
-    probs = _hide(_exp2(scores), tile.hidden, 0)
-    dscores = np.matmul(dout, _transposed(tile.value), out=_shaped(scratch[1], shape))
-    dscores *= probs
-    return probs, _hide(dscores, tile.hidden, 0), slope
+        lse = some(work.rows_by_key_head(gradient.lse))
+        # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
+        reference = np.where(lse == -np.inf, np.inf, lse * LOG2_E)
+        query = item.query(rows)
+        query[..., -1] = -reference.reshape(query.shape[:2])
+        out, dout = (
+            some(work.by_key_head(x)).astype(work.dtype, copy=False)
+            for x in (gradient.out, gradient.dout)
+        )
+        delta = np.vecdot(out, dout)
+        if gradient.dlse is not None:
+            delta -= some(work.rows_by_key_head(gradient.dlse))
+        dquery = np.zeros((*query.shape[:2], query.shape[2] - 1), work.dtype)
+        return cls(rows, query, _with_column(dout, -delta, work.dtype), dquery)
+
+    def differentiate_softmax(
+        self, work: _Work, tile: _Tile
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Probabilities, the gradient of the scores, and the slope of the softcap."""
+        shape = (*self.query.shape[:2], tile.key.shape[1])
+        slope = work.scratch.array(2, shape) if work.softcap else None
+        scores = _scores(work, self.query, tile, slope)
+        probs = _hide(_exp2(scores), tile.hidden, 0)
+        dscores = work.scratch.array(1, shape)
+        np.matmul(self.dout, _transposed(tile.value), out=dscores)
+        dscores *= probs
+        return probs, _hide(dscores, tile.hidden, 0), slope
 
 
 class _GradientSums:
@@ -220,7 +238,9 @@ class _GradientSums:
         key_blocks = math.ceil(problem.seqlen_k / work.tile_keys)
         self.splits = max(1, min(key_blocks, MANY_TASKS // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
-        self.dq_copies = np.zeros((self.splits, *work.q.shape), work.dtype)
+        dtype = problem.dtype if self.splits == 1 else work.dtype
+        self.dq_copies = np.zeros((self.splits, *problem.q.shape), dtype)
+        self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
         self.all_dk = np.zeros(problem.k.shape, problem.dtype)
         self.all_dv = np.zeros(problem.v.shape, problem.dtype)
         self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
@@ -228,11 +248,6 @@ class _GradientSums:
             # Splits have keys of their own, and share dbias only where all keys share a bias.
             copies = self.splits if work.bias_shape[3] == 1 else 1
             self.dbias_copies = np.zeros((copies, *work.bias_shape), work.dtype)
-
-    def add_query(self, item: _Item, rows: slice, split: int, dquery: np.ndarray) -> None:
-        """Add a tile's part of dq, (heads, group * rows, D)."""
-        target = self.dq_copies[split][item.index][:, :, rows]
-        target += dquery.reshape(target.shape)
 
     def add_bias(
         self, item: _Item, rows: slice, keys: slice, split: int, dscores: np.ndarray
@@ -253,20 +268,24 @@ class _GradientSums:
 
     def gradients(self) -> Gradients:
         """The finished gradients in the dtypes of their inputs."""
-        work, problem = self.work, self.work.problem
-        dq = np.empty(problem.q.shape, problem.dtype)
-        dq_by_head = work.by_key_head(dq)
-
-        def finish(item: _Item) -> None:
-            copies = self.dq_copies[:, item.batch, item.heads]
-            dq_by_head[item.index] = copies.sum(axis=0) * problem.scale
-
-        for_each(finish, work.items())
-        dbias = None
+        problem, dbias = self.work.problem, None
         if problem.bias is not None:
-            dbias = self.dbias_copies.sum(axis=0).reshape(problem.bias.shape)
-            dbias = dbias.astype(problem.bias.dtype, copy=False)
-        return Gradients(dq, self.all_dk, self.all_dv, dbias)
+            dbias = _sum_of(self.dbias_copies, problem.bias.dtype).reshape(problem.bias.shape)
+        return Gradients(_sum_of(self.dq_copies, problem.dtype), self.all_dk, self.all_dv, dbias)
+
+
+class _Scratch(threading.local):
+    """Each thread's room for the scores of a tile, and for what has their shape."""
+
+    def __init__(self, size: int, dtype: np.dtype) -> None:
+        self.size, self.dtype = size, dtype
+        self.buffers: dict[int, np.ndarray] = {}
+
+    def array(self, index: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The buffer of this index as a contiguous array, with whatever it holds."""
+        if index not in self.buffers:
+            self.buffers[index] = np.empty(self.size, self.dtype)
+        return self.buffers[index][: math.prod(shape)].reshape(shape)
 
 
 class _Work:
@@ -294,6 +313,7 @@ class _Work:
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
         tasks_of_item = math.ceil(MANY_TASKS / max(1, items))
         self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
+        self.scratch = _Scratch(self.tile_heads * tile_size, self.dtype)
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
@@ -372,11 +392,10 @@ class _Item:
     def band(self) -> Band:
         return self.work.bands[self.batch]
 
-    def query(self, rows: slice, reference: np.ndarray | float) -> np.ndarray:
-        """(heads, group * rows, D + 1), scaled, the last column -reference."""
-        q = self.work.q[self.index][:, :, rows]
-        query = _with_column(q, np.negative(reference), self.work.dtype)
-        query[..., :-1] *= self.work.scale
+    def query(self, rows: slice) -> np.ndarray:
+        """(heads, group * rows, D + 1), scaled, the last column 0."""
+        query = _with_column(self.work.q[self.index][:, :, rows], 0, self.work.dtype)
+        query *= self.work.scale
         return query
 
     def load_keys(self, keys: slice) -> _LoadedKeys:
@@ -410,22 +429,12 @@ class _Item:
         whole = np.broadcast_to(hidden, (*heads, *group, *hidden.shape[-2:]))
         return whole.reshape(-1, self.work.group * hidden.shape[-2], hidden.shape[-1])
 
-    def scratch(self) -> np.ndarray:
-        """Room for the scores of a tile."""
-        heads = self.heads.stop - self.heads.start
-        work = self.work
-        return np.empty(heads * work.group * work.tile_rows * work.tile_keys, work.dtype)
-
 
 def _scores(
-    work: _Work,
-    query: np.ndarray,
-    tile: _Tile,
-    scratch: np.ndarray,
-    slope: np.ndarray | None = None,
+    work: _Work, query: np.ndarray, tile: _Tile, slope: np.ndarray | None = None
 ) -> np.ndarray:
     """(heads, group * rows, keys): the scores less their row's reference; and softcap's slope."""
-    scores = _shaped(scratch, (*query.shape[:2], tile.key.shape[1]))
+    scores = work.scratch.array(0, (*query.shape[:2], tile.key.shape[1]))
     if work.softcap:
         np.matmul(query[..., :-1], _transposed(tile.key[..., :-1]), out=scores)
         scores /= work.softcap
@@ -481,10 +490,11 @@ def _with_column(x: np.ndarray, column: np.ndarray | float, dtype: np.dtype) -> 
     return wider.reshape(heads, group * rows, size + 1)
 
 
-def _shaped(scratch: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The first elements of a buffer as a contiguous array."""
-    return scratch[: math.prod(shape)].reshape(shape)
-
-
 def _transposed(x: np.ndarray | None) -> np.ndarray | None:
     return None if x is None else x.swapaxes(-1, -2)
+
+
+def _sum_of(copies: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The sum along the first axis, in order."""
+    total = copies[0] if len(copies) == 1 else copies.sum(axis=0)
+    return total.astype(dtype, copy=False)

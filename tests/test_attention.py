@@ -204,8 +204,8 @@ def test_non_finite_reaches_only_what_sees_it(
         result = found[key].astype(np.float64)
         found_spoilt = ~np.isfinite(result) & (result != -np.inf if key == "lse" else True)
         np.testing.assert_array_equal(found_spoilt, spoilt, key)
-        # Differences of infinities depend on the order of sums: lse of an infinite score, and dout's
-        # way to dq and dk through delta.
+        # Differences of infinities depend on the order of sums: in the lse of an infinite score,
+        # and on dout's way to dq and dk through delta.
         if key != "lse" and (name != "dout" or key == "dv"):
             np.testing.assert_array_equal(result[spoilt], bound.exact[spoilt], key)
         compared = ~spoilt & np.isfinite(bound.exact)
