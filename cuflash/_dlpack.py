@@ -18,12 +18,15 @@ CPU = 1
 CUDA = (2, 13)  # device memory, managed memory
 UINT = 1
 BFLOAT = 4
+IS_COPIED = 2
 
 
-def to_numpy(x: Any) -> np.ndarray:
-    """The same memory as a NumPy array; `x` lies on the CPU."""
+def to_numpy(x: Any, to_write: bool = False) -> np.ndarray:
+    """The same memory as a NumPy array, of an `x` on the CPU; no copy if it is to be written."""
     bits = _Recoded(x, BFLOAT, UINT)
     array = np.from_dlpack(bits)
+    if to_write and bits.copied:
+        raise BufferError("__dlpack__ exports a copy; expected the array's own memory")
     return array.view(BFLOAT16) if bits.recoded else array
 
 
@@ -37,14 +40,15 @@ class _Recoded:
 
     def __init__(self, owner: Any, old: int, new: int) -> None:
         self.owner, self.old, self.new = owner, old, new
-        self.recoded = False
+        self.recoded = self.copied = False
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.owner.__dlpack_device__()
 
     def __dlpack__(self, **options: Any) -> Any:
         capsule = self.owner.__dlpack__(**options)
-        tensor = _tensor_in(capsule)
+        tensor, flags = _tensor_in(capsule)
+        self.copied = bool(flags & IS_COPIED)
         if tensor.type_code == self.old:
             tensor.type_code = self.new
             self.recoded = True
@@ -84,6 +88,11 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 )
 
 
-def _tensor_in(capsule: Any) -> _DLTensor:
-    name = next(name for name in _DLTENSOR_OFFSETS if _capsule_is(capsule, name))
-    return _DLTensor.from_address(_capsule_pointer(capsule, name) + _DLTENSOR_OFFSETS[name])
+def _tensor_in(capsule: Any) -> tuple[_DLTensor, int]:
+    """A capsule's tensor and flags."""
+    name = next((name for name in _DLTENSOR_OFFSETS if _capsule_is(capsule, name)), None)
+    if name is None:
+        raise TypeError(f"__dlpack__ returned {capsule!r}; expected an unused DLPack capsule")
+    start, offset = _capsule_pointer(capsule, name), _DLTENSOR_OFFSETS[name]
+    flags = _Version.from_address(start).flags if offset else 0
+    return _DLTensor.from_address(start + offset), flags

@@ -281,8 +281,8 @@ def _read_entry(path: Path) -> Cubin | None:
         image = path.read_bytes()
         record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if record["sha256"] == hashlib.sha256(image).hexdigest():
-            return Cubin(image, record["log"], path)
-    except (OSError, ValueError, KeyError, TypeError):
+            return Cubin(image, str(record["log"]), path)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 

@@ -17,7 +17,7 @@ def overlap(a: Array, b: Array) -> bool:
     """Whether an element of `a` and one of `b` share a byte."""
     a_low, a_high = _extent(a.shape, a.strides, a.dtype.itemsize)
     b_low, b_high = _extent(b.shape, b.strides, b.dtype.itemsize)
-    distance = _pointer(b) - _pointer(a)
+    distance = address(b) - address(a)
     if a_high <= distance + b_low or distance + b_high <= a_low:
         return False
     try:
@@ -55,14 +55,15 @@ def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> 
     return low, high + itemsize
 
 
-def _pointer(array: Array) -> int:
+def address(array: Array) -> int:
+    """Where an array's first element is, on the device that it is on."""
     return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
 def _addresses(array: Array) -> np.ndarray:
     """A NumPy array of the same addresses, on whatever device, that nobody may read."""
     interface = {
-        "data": (_pointer(array), False),
+        "data": (address(array), False),
         "shape": array.shape,
         "strides": array.strides,
         "typestr": f"|V{array.dtype.itemsize}",

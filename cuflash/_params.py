@@ -6,8 +6,7 @@ import math
 from struct import Struct
 from typing import Any
 
-import numpy as np
-
+from cuflash._overlap import address
 from cuflash._problem import Array, GradientProblem, Problem
 
 _PROBLEM = "3Q3q6iIi2i4f"
@@ -51,11 +50,6 @@ def pack_backward(
         0 if gradient.dlse is None else address(gradient.dlse),
         *(address(array) for array in workspace),
     )
-
-
-def address(array: Array) -> int:
-    """Where an array's first element is, on the device that it is on."""
-    return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
 
 
 def alignment(*arrays: Array) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
-from cuflash._overlap import overlap, overlaps_itself
+from cuflash._overlap import address, overlap, overlaps_itself
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
@@ -77,6 +77,8 @@ class Problem:
         batch, seqlen_q, heads_q, head_dim = q.shape
         seqlen_k = k.shape[1]
         scores_shape = (batch, heads_q, seqlen_q, seqlen_k)
+        if device == "cuda":
+            check.addresses({"q": q, "k": k, "v": v, "out": out})
         if out is not None:
             inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
             check.out(out, (batch, seqlen_q, heads_q, v.shape[3]), q.dtype, inputs)
@@ -129,7 +131,7 @@ class Problem:
     @property
     def group(self) -> int:
         """Query heads that read the same key head."""
-        return self.q.shape[2] // self.k.shape[2] if self.k.shape[2] else 1
+        return max(1, self.q.shape[2] // max(1, self.k.shape[2]))
 
     @property
     def head_dim(self) -> int:
@@ -189,6 +191,11 @@ class GradientProblem:
         if dlse is not None:
             check.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
         return cls(forward, dout, out, lse, dlse, check.flag("deterministic", deterministic))
+
+
+def check_flag(function: str, name: str, value: Any) -> bool:
+    """The value as a bool, if it is one."""
+    return _Check(function, "").flag(name, value)
 
 
 def check_partials(function: str, device: str, outs: list[Array], lses: list[Array]) -> None:
@@ -292,6 +299,17 @@ class _Check(NamedTuple):
                 f"q has {heads_q} heads, k has {heads_k}; "
                 "expected a number of q heads that is a multiple of k's",
             )
+
+    def addresses(self, arrays: dict[str, Array | None]) -> None:
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            if any(step % array.itemsize for step in (address(array), *array.strides)):
+                self.fail(
+                    ValueError,
+                    f"{name} has its first element at {address(array):#x} and strides of "
+                    f"{array.strides} bytes; expected multiples of {array.itemsize}, an element",
+                )
 
     def indices(self, q: tuple[int, ...], k: tuple[int, ...]) -> None:
         batch, seqlen_q, heads_q, _ = q
@@ -424,9 +442,9 @@ class _Check(NamedTuple):
         return None if lengths is None else self.per_batch(name, lengths, batch, 0, longest)
 
     def per_batch(self, name: str, array: Any, batch: int, low: int, high: int) -> Array:
-        dtype = getattr(array, "dtype", None)
-        if dtype is None or dtype.kind not in "iu":
-            found = type(array).__name__ if dtype is None else dtype
+        is_array = hasattr(array, "__dlpack__")
+        if not is_array or array.dtype.kind not in "iu":
+            found = array.dtype if is_array else type(array).__name__
             self.fail(TypeError, f"{name} is {found}; expected one integer per batch entry")
         if array.shape != (batch,):
             self.fail(

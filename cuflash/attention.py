@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from cuflash import cpu
-from cuflash._problem import GradientProblem, Gradients, Problem
+from cuflash._problem import GradientProblem, Gradients, Problem, check_flag
 from cuflash.interop import receive
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__
@@ -245,8 +245,9 @@ def attention_vjp(
 
 
 def _forward(function: str, arguments: dict[str, Any]) -> Array | tuple[Array, Array]:
+    return_lse = check_flag(function, "return_lse", arguments["return_lse"])
     with receive(function, ("q", "k", "v"), arguments) as call:
-        return_lse = call.arguments.pop("return_lse")
+        del call.arguments["return_lse"]
         problem = call.upload(Problem.create(function, call.device, **call.arguments))
         out, lse = _backend(call.device).forward(problem)
         out = call.give(out) if problem.out is None else arguments["out"]
@@ -266,7 +267,9 @@ def _vjp(
     function: str, arguments: dict[str, Any]
 ) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
     options = dict(arguments)
-    return_lse, deterministic = options.pop("return_lse"), options.pop("deterministic")
+    return_lse, deterministic = (
+        check_flag(function, name, options.pop(name)) for name in ("return_lse", "deterministic")
+    )
     out, lse = _forward(function, {**options, "return_lse": True})
 
     def pullback(dout: Array, dlse: Array | None = None) -> Gradients:

@@ -69,7 +69,7 @@ def receive(function: str, required: Sequence[str], arguments: Mapping[str, Any]
         if x is None and name not in required:
             continue
         if name in required or name in OPTIONAL_ARRAYS:
-            if type(x) is not type(like) or framework.place(x) != place:
+            if x is not like:
                 _check_home(function, required[0], home, name, _locate(function, name, x))
             sources[name] = framework
         elif name in LENGTHS:
@@ -102,8 +102,8 @@ class Framework(Protocol):
     def place(self, x: Foreign) -> str:
         """Where x lies: "cpu", "cuda:N", or the name of a device that cuflash does not know."""
 
-    def receive(self, x: Foreign) -> Array:
-        """The same memory as a NumPy or CuPy array."""
+    def receive(self, x: Foreign, to_write: bool) -> Array:
+        """The same memory as a NumPy or CuPy array; a copy will do unless it is to be written."""
 
     def give(self, array: Array, like: Foreign) -> Foreign:
         """The same memory as the framework's array, on the device of `like`."""
@@ -119,7 +119,7 @@ class _NumPy:
     def place(self, x: np.ndarray) -> str:
         return "cpu"
 
-    def receive(self, x: np.ndarray) -> np.ndarray:
+    def receive(self, x: np.ndarray, to_write: bool) -> np.ndarray:
         return np.asarray(x)  # subclasses become plain arrays
 
     def give(self, array: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -136,7 +136,7 @@ class _CuPy:
     def place(self, x: Array) -> str:
         return f"cuda:{x.data.device_id}"
 
-    def receive(self, x: Array) -> Array:
+    def receive(self, x: Array, to_write: bool) -> Array:
         return x
 
     def give(self, array: Array, like: Array) -> Array:
@@ -153,7 +153,7 @@ class _Torch:
     def place(self, x: Foreign) -> str:
         return str(x.device)
 
-    def receive(self, x: Foreign) -> Array:
+    def receive(self, x: Foreign, to_write: bool) -> Array:
         torch = sys.modules["torch"]
         x = x.detach()  # who differentiates does it by attention_vjp
         if x.device.type == "cuda":
@@ -205,7 +205,7 @@ class _Jax:
             return f"cuda:{x.__dlpack_device__()[1]}"
         return str(device)
 
-    def receive(self, x: Foreign) -> Array:
+    def receive(self, x: Foreign, to_write: bool) -> Array:
         return np.asarray(x) if self.place(x) == "cpu" else _cupy().from_dlpack(x)
 
     def give(self, array: Array, like: Foreign) -> Foreign:
@@ -234,10 +234,10 @@ class _DLPack:
             return f"cuda:{ordinal}"
         return f"a device of DLPack's type {int(device_type)}"
 
-    def receive(self, x: Foreign) -> Array:
+    def receive(self, x: Foreign, to_write: bool) -> Array:
         if self.place(x) != "cpu":
             return _cupy().from_dlpack(x)
-        return _dlpack.to_numpy(x)
+        return _dlpack.to_numpy(x, to_write)
 
     def give(self, array: Array, like: Foreign) -> Foreign:
         """By the from_dlpack of the class's own library; where it has none, the array itself."""
@@ -283,7 +283,13 @@ def _locate(function: str, name: str, x: Foreign) -> tuple[Framework, str]:
     if isinstance(framework, str):
         found = "None" if x is None else f"a {_class_name(type(x))}"
         raise TypeError(f"cuflash.{function}: {name} is {found}; {framework}")
-    place = framework.place(x)
+    try:
+        place = framework.place(x)
+    except Exception as error:  # whatever somebody else's array raises
+        raise TypeError(
+            f"cuflash.{function}: {name} is a {framework.kind} that does not say where it lies: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not place.startswith(("cpu", "cuda:")):
         raise ValueError(
             f"cuflash.{function}: {name} is a {framework.kind} on {place}; expected cpu or cuda"
@@ -306,10 +312,11 @@ def _check_home(
 
 def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:
     try:
-        return framework.receive(x)
-    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        return framework.receive(x, to_write=name == "out")
+    except Exception as error:  # whatever somebody else's array raises
         raise TypeError(
-            f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: {error}"
+            f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 

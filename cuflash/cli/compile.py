@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,6 +14,7 @@ from typing import Any
 
 from cuflash import _jit, _plan
 from cuflash._plan import Kernel
+from cuflash._problem import MAX_HEAD_DIM
 from cuflash.cli.gpus import CommandError, find_gpus
 from cuflash.cli.progress import progress, say
 
@@ -32,17 +34,34 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "compile", help="fill the kernel cache; needs no GPU and no driver"
     )
     add = parser.add_argument
-    add("--arch", nargs="+", metavar="sm_80", help="architectures (default: of the GPUs here)")
-    add("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
-    add("--head-dim", nargs="+", type=int, default=[64, 128], help="of q and k (default: 64 128)")
-    add("--head-dim-v", type=int, help="of v (default: that of q and k)")
     add(
-        "--group", "--gqa", nargs="+", type=int, default=[1], help="q heads per k head (default: 1)"
+        "--arch",
+        nargs="+",
+        type=_architecture,
+        metavar="sm_80",
+        help="architectures (default: of the GPUs here)",
+    )
+    add("--dtype", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
+    add(
+        "--head-dim",
+        nargs="+",
+        type=_head_dim,
+        default=[64, 128],
+        help="of q and k (default: 64 128)",
+    )
+    add("--head-dim-v", type=_head_dim, help="of v (default: that of q and k)")
+    add(
+        "--group",
+        "--gqa",
+        nargs="+",
+        type=_positive,
+        default=[1],
+        help="q heads per k head (default: 1)",
     )
     add("--softcap", action="store_true", help="kernels that cap the scores")
     add("--forward-only", action="store_true", help="leave the gradients out")
     add("--nondeterministic", action="store_true", help="gradients of deterministic=False")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    add("--jobs", type=_positive, default=os.cpu_count(), help="processes (default: one per core)")
     return parser
 
 
@@ -62,6 +81,25 @@ def run(options: argparse.Namespace) -> int:
         f"{time.perf_counter() - start:.1f} s; {_jit.cache_dir()}"
     )
     return 1 if failed else 0
+
+
+def _architecture(text: str) -> str:
+    if not re.fullmatch(r"sm_[1-9][0-9]{1,2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no architecture; expected one as sm_80")
+    return text
+
+
+def _head_dim(text: str) -> int:
+    size = _positive(text)
+    if size > MAX_HEAD_DIM:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large; expected at most {MAX_HEAD_DIM}")
+    return size
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected an integer of at least 1")
+    return int(text)
 
 
 def _archs_here() -> list[str]:
