@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
@@ -16,20 +15,46 @@ Task = TypeVar("Task")
 
 
 def for_each(function: Callable[[Task], object], tasks: Iterable[Task]) -> None:
-    """Run function(task) for all tasks, on as many threads as BLAS may use; raise what they raise.
+    """Run function(task) for all tasks, on as many threads as BLAS may use; raise what one raises.
 
     The threads end with the call: none is left to wake up in a forked child or to wait for at exit.
     """
     tasks = list(tasks)
-    with _single_threaded_blas() as threads:
-        workers = min(threads, len(tasks))
-        if workers <= 1:
-            for task in tasks:
+    left, lock, errors = tasks[::-1], threading.Lock(), []
+
+    def work() -> None:
+        try:
+            while True:
+                with lock:
+                    if errors or not left:
+                        return
+                    task = left.pop()
                 function(task)
+        except BaseException as error:  # also KeyboardInterrupt: the other threads stop first
+            errors.append(error)
+
+    with _single_threaded_blas() as threads:
+        helpers: list[threading.Thread] = []
+        try:
+            _start(helpers, work, min(threads, len(tasks)) - 1)
+            work()
+        finally:
+            left.clear()  # an interrupt here ends the others too
+            for helper in helpers:
+                helper.join()
+    if errors:
+        raise errors[0]
+
+
+def _start(helpers: list[threading.Thread], work: Callable[[], None], count: int) -> None:
+    """Add running threads to `helpers`, as many as the system grants."""
+    for _ in range(count):
+        helper = threading.Thread(target=work)
+        try:
+            helper.start()
+        except RuntimeError:  # no more threads: those that run do the work
             return
-        with ThreadPoolExecutor(workers, "cuflash") as pool:
-            for _ in pool.map(function, tasks):
-                pass
+        helpers.append(helper)
 
 
 class _Callers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -52,13 +53,26 @@ class Band:
         """(rows, keys), True where a row does not see a key; None if all see all."""
         shape = (rows.stop - rows.start, keys.stop - keys.start)
         shift = rows.start - keys.start
-        hidden = None
+        early = late = None
         if self.first is not None and keys.start < rows.stop - 1 + self.first:
-            hidden = np.tri(*shape, shift + self.first - 1, dtype=bool)
+            early = shift + self.first
         if self.last is not None and keys.stop - 1 > rows.start + self.last:
-            late = ~np.tri(*shape, shift + self.last, dtype=bool)
-            hidden = late if hidden is None else hidden | late
-        return hidden
+            late = shift + self.last
+        if early is None and late is None:
+            return None
+        return _outside(shape, early, late)
+
+
+@lru_cache(maxsize=8)
+def _outside(shape: tuple[int, int], first: int | None, last: int | None) -> np.ndarray:
+    """True where not i + first <= j <= i + last; the same for every head, so it is kept."""
+    outside = np.zeros(shape, dtype=bool)
+    if first is not None:
+        outside |= np.tri(*shape, first - 1, dtype=bool)
+    if last is not None:
+        outside |= ~np.tri(*shape, last, dtype=bool)
+    outside.flags.writeable = False
+    return outside
 
 
 def visible_tiles(

@@ -1,14 +1,13 @@
 """Attention on NumPy arrays: FlashAttention's tiles in O(S) memory, on every core.
 
-A column rides along with each operand, so that a tile costs little but its matrix products and
-one exponential:
+Forward subtracts a reference from the scores of a row, which need not be their maximum: any number
+will do for which exponentials neither overflow nor vanish. It is 0 until a sum of them says
+otherwise, so that most tiles cost two matrix products, one exponential and little else.
 
-    [q * scale, -reference] @ [k, 1]ᵀ = scores - reference       what the exponential is taken of
-    probs @ [v, 1]                    = [numerator, denominator] of the softmax
-    [dout, -delta] @ [v, 1]ᵀ          = dprobs - delta           gradient of the scores / probs
+Backward, the reference is lse. A column that rides along with each operand spares two passes:
 
-Forward, the reference of a row is any number so close to its largest score that exponentials
-neither overflow nor vanish: 0, until a sum of them says otherwise. Backward, it is the row's lse.
+    [q * scale, -lse] @ [k, 1]ᵀ = scores - lse       the probabilities' logarithm
+    [dout, -delta] @ [v, 1]ᵀ    = dprobs - delta     the gradient of the scores / probabilities
 
 A tile is (heads, group * rows, keys): some key heads of one batch entry, and for each of them all
 query heads that read it, so that k and v are read once per group and never repeated. Tiles depend
@@ -22,6 +21,7 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,10 @@ from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._threads import for_each
 from cuflash._tiles import Band, blocks, visible_tiles
 
-# The scores of one tile fit a core's L2 cache: 256 x 512 float32 is half a MiB.
-TILE_ROWS = 256
-TILE_KEYS = 512
+# Rows and keys of a tile, whose scores fit a core's L2 cache: half a MiB of float32. Where rows see
+# a band of keys, fewer rows waste less of its edges.
+TILE = (512, 256)
+TILE_OF_BAND = (256, 512)
 
 # Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
 MANY_TASKS = 16
@@ -45,9 +46,12 @@ LN_2 = math.log(2)
 
 def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Attention's (out, lse)."""
+    out = problem.out
+    out = _zeros_like(problem.q, problem.head_dim_v) if out is None else out
+    lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
+    if not lse.size:
+        return out, lse
     work = _Work(problem)
-    out = np.empty(problem.out_shape, problem.dtype) if problem.out is None else problem.out
-    lse = np.full(problem.lse_shape, -np.inf, work.dtype)
     for batch, band in enumerate(work.bands):
         out[batch, band.rows :] = 0
     out_by_head, lse_by_head = work.by_key_head(out), work.rows_by_key_head(lse)
@@ -62,13 +66,18 @@ def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         for item in work.items()
         for rows in blocks(slice(0, item.band.rows), work.task_rows)
     ]
-    for_each(attend, tasks[::-1])  # causal: the last rows take longest, so they come first
+    # In a causal problem the last rows take longest: they come first.
+    for_each(attend, sorted(tasks, key=lambda task: -task[1].start))
     return out, lse
 
 
 def backward(gradient: GradientProblem) -> Gradients:
     """The gradients of q, k, v and the bias."""
-    work = _Work(gradient.forward)
+    problem = gradient.forward
+    if not problem.q.size or not problem.k.size:
+        inputs = (problem.q, problem.k, problem.v, problem.bias)
+        return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
+    work = _Work(problem)
     sums = _GradientSums(work)
 
     def differentiate(task: tuple[int, list[_Item]]) -> None:
@@ -79,78 +88,83 @@ def backward(gradient: GradientProblem) -> Gradients:
 
     families = work.families()
     for_each(differentiate, [(split, one) for split in range(sums.splits) for one in families])
-    return sums.gradients()
+    with np.errstate(all="ignore"):
+        return sums.gradients()
 
 
 def _attend(item: _Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
     """Write some rows of out (heads, group, Sq, Dv) and lse (heads, group, Sq)."""
-    work = item.work
-    softmaxes = {}
+    work, softmaxes = item.work, {}
     for tile_rows in blocks(rows, work.tile_rows):
-        query = item.query(tile_rows)
-        sums = np.zeros((*query.shape[:2], work.v.shape[-1] + 1), work.dtype)
-        softmaxes[tile_rows.start] = _OnlineSoftmax(work, query, sums)
+        softmaxes[tile_rows.start] = _OnlineSoftmax(work, item.query(tile_rows))
     for keys in blocks(item.band.keys_of(rows), work.tile_keys):
-        loaded = item.load_keys(keys)
+        key, value = item.keys_and_values(keys)
         for tile_rows, seen in visible_tiles(item.band, rows, keys, work.tile_rows):
-            tile = item.tile(tile_rows, seen, loaded)
+            tile = item.tile(tile_rows, seen, keys, key, value)
             if tile is not None:
                 softmaxes[tile_rows.start].step(tile)
     for tile_rows in blocks(rows, work.tile_rows):
         softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows])
 
 
-@dataclass(frozen=True, slots=True)
 class _OnlineSoftmax:
     """What a tile of rows has gathered from the keys seen so far."""
 
-    work: _Work
-    query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -reference
-    sums: np.ndarray  # (heads, group * rows, Dv + 1): numerator, and denominator in the last column
+    def __init__(self, work: _Work, query: np.ndarray) -> None:
+        heads, rows, _ = query.shape
+        self.work = work
+        self.query = query  # (heads, group * rows, D), scaled
+        self.numerator = np.zeros((heads, rows, work.problem.head_dim_v), work.dtype)
+        self.denominator = np.zeros((heads, rows), work.dtype)
+        self.reference = np.zeros((heads, rows), work.dtype)
 
     def step(self, tile: _Tile) -> None:
         """Attend to one more tile of keys."""
-        scores = _scores(self.work, self.query, tile)
+        scores = self.scores(tile)
         probs = _hide(_exp2(scores), tile.hidden, 0)
-        gathered = _product(probs, tile.value, tile.hidden)
-        if not self.in_range(gathered, tile.hidden):
-            scores = _scores(self.work, self.query, tile)
-            self.raise_reference(_hide(scores, tile.hidden, -np.inf))
+        total = probs @ self.work.ones[: probs.shape[-1]]
+        if not self.in_range(total, tile.hidden):
+            scores = _hide(self.scores(tile), tile.hidden, -np.inf)
+            self.raise_reference(scores)
             probs = _exp2(scores)
-            gathered = _product(probs, tile.value, tile.hidden)
-        self.sums[...] += gathered
+            total = probs @ self.work.ones[: probs.shape[-1]]
+        self.numerator += _product(probs, tile.value, tile.hidden)
+        self.denominator += total
 
-    def in_range(self, gathered: np.ndarray, hidden: np.ndarray | None) -> bool:
+    def scores(self, tile: _Tile) -> np.ndarray:
+        """(heads, group * rows, keys), less the reference of each row."""
+        scores = _scores(self.work, self.query, tile.key, tile.bias)
+        if self.reference.any():
+            scores -= self.reference[..., None]
+        return scores
+
+    def in_range(self, total: np.ndarray, hidden: np.ndarray | None) -> bool:
         """Whether no row's exponentials overflowed or vanished; NaN is out of range."""
-        denominator = gathered[..., -1]
-        if not denominator.max() <= LARGEST_SUM:
+        if not total.max() <= LARGEST_SUM:
             return False
-        if denominator.min() >= 1 / LARGEST_SUM:
+        if total.min() >= 1 / LARGEST_SUM:
             return True
-        fits = self.sums[..., -1] + denominator >= 1 / LARGEST_SUM
+        fits = self.denominator + total >= 1 / LARGEST_SUM
         return bool(fits.all() or (hidden is not None and (fits | hidden.all(axis=-1)).all()))
 
     def raise_reference(self, scores: np.ndarray) -> None:
-        """Make each row's reference its largest score so far, in scores, query and sums alike."""
-        top = scores.max(axis=-1, keepdims=True)
-        seen = self.sums[..., -1:] > 0
+        """Make each row's reference its largest score so far, and all that is relative to it."""
+        top = scores.max(axis=-1)
+        seen = self.denominator > 0
         rise = np.where(seen, np.maximum(top, 0), top)
         rise[rise == -np.inf] = 0  # a row that has seen nothing yet
-        scores -= rise
-        self.query[..., -1:] -= rise
-        self.sums[...] *= np.where(seen, np.exp2(-rise), 0)
+        scores -= rise[..., None]
+        self.reference += rise
+        factor = np.where(seen, np.exp2(-rise), 0)
+        self.numerator *= factor[..., None]
+        self.denominator *= factor
 
     def write(self, out: np.ndarray, lse: np.ndarray) -> None:
         """Finish: out (heads, group, rows, Dv) and lse (heads, group, rows)."""
-        denominator = self.sums[..., -1].reshape(lse.shape)
-        numerator = self.sums[..., :-1].reshape(out.shape)
-        seen_nothing = denominator == 0
-        divisor = np.where(seen_nothing, 1, denominator)[..., None]
-        np.divide(numerator, divisor, out=out, casting="same_kind")
-        np.log2(denominator, out=lse)
-        lse -= self.query[..., -1].reshape(lse.shape)
-        lse *= LN_2
-        np.copyto(lse, -np.inf, where=seen_nothing)
+        divisor = np.where(self.denominator == 0, 1, self.denominator).reshape(lse.shape)
+        numerator = self.numerator.reshape(out.shape)
+        np.divide(numerator, divisor[..., None], out=out, casting="same_kind")
+        lse[...] = (LN_2 * (self.reference + np.log2(self.denominator))).reshape(lse.shape)
 
 
 def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, split: int) -> None:
@@ -161,10 +175,11 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
         _RowBlock.load(item, gradient, rows) for rows in blocks(every_row, work.tile_rows)
     ]
     for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
-        loaded = item.load_keys(keys)
-        dkey, dvalue = np.zeros_like(loaded.key[..., :-1]), np.zeros_like(loaded.value[..., :-1])
+        key, value = item.keys_and_values(keys)
+        dkey, dvalue = np.zeros_like(key), np.zeros_like(value)
+        key, value = (_packed(x[:, None], work.dtype, columns=1) for x in (key, value))
         for rows, seen in visible_tiles(band, every_row, keys, work.tile_rows):
-            tile = item.tile(rows, seen, loaded)
+            tile = item.tile(rows, seen, keys, key, value)
             if tile is None:
                 continue
             block = row_blocks[rows.start // work.tile_rows]
@@ -172,7 +187,8 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
             sums.add_bias(item, rows, seen, split, dscores)
             if slope is not None:
                 dscores *= slope
-            part, hidden_t = loaded.part(seen), _transposed(tile.hidden)
+            part = (slice(None), slice(seen.start - keys.start, seen.stop - keys.start))
+            hidden_t = _transposed(tile.hidden)
             dvalue[part] += _product(_transposed(probs), block.dout[..., :-1], hidden_t)
             dkey[part] += _product(_transposed(dscores), block.query[..., :-1], hidden_t)
             block.dquery[...] += _product(dscores, tile.key[..., :-1], tile.hidden)
@@ -202,8 +218,8 @@ class _RowBlock:
 
         lse = some(work.rows_by_key_head(gradient.lse))
         # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
-        reference = np.where(lse == -np.inf, np.inf, lse * LOG2_E)
-        query = item.query(rows)
+        reference = np.where(lse == -np.inf, np.inf, _in_units_of_log2(lse, work.dtype))
+        query = item.query(rows, columns=1)
         query[..., -1] = -reference.reshape(query.shape[:2])
         out, dout = (
             some(work.by_key_head(x)).astype(work.dtype, copy=False)
@@ -213,19 +229,28 @@ class _RowBlock:
         if gradient.dlse is not None:
             delta -= some(work.rows_by_key_head(gradient.dlse))
         dquery = np.zeros((*query.shape[:2], query.shape[2] - 1), work.dtype)
-        return cls(rows, query, _with_column(dout, -delta, work.dtype), dquery)
+        dout = _packed(dout, work.dtype, columns=1)
+        dout[..., -1] = -delta.reshape(dout.shape[:2])
+        return cls(rows, query, dout, dquery)
 
     def differentiate_softmax(
         self, work: _Work, tile: _Tile
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Probabilities, the gradient of the scores, and the slope of the softcap."""
         shape = (*self.query.shape[:2], tile.key.shape[1])
-        slope = work.scratch.array(2, shape) if work.softcap else None
-        scores = _scores(work, self.query, tile, slope)
+        slope = None
+        if work.softcap:
+            slope = work.scratch.array(2, shape)
+            scores = _scores(work, self.query[..., :-1], tile.key[..., :-1], tile.bias, slope)
+            scores += self.query[..., -1:]
+        else:
+            scores = _scores(work, self.query, tile.key, tile.bias)
         probs = _hide(_exp2(scores), tile.hidden, 0)
         dscores = work.scratch.array(1, shape)
         np.matmul(self.dout, _transposed(tile.value), out=dscores)
         dscores *= probs
+        if slope is not None:
+            _hide(slope, tile.hidden, 0)
         return probs, _hide(dscores, tile.hidden, 0), slope
 
 
@@ -239,15 +264,14 @@ class _GradientSums:
         self.splits = max(1, min(key_blocks, MANY_TASKS // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         dtype = problem.dtype if self.splits == 1 else work.dtype
-        self.dq_copies = np.zeros((self.splits, *problem.q.shape), dtype)
+        self.dq_copies = [_zeros_like(problem.q, dtype=dtype) for _ in range(self.splits)]
         self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
-        self.all_dk = np.zeros(problem.k.shape, problem.dtype)
-        self.all_dv = np.zeros(problem.v.shape, problem.dtype)
+        self.all_dk, self.all_dv = _zeros_like(problem.k), _zeros_like(problem.v)
         self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
         if problem.bias is not None:
             # Splits have keys of their own, and share dbias only where all keys share a bias.
             copies = self.splits if work.bias_shape[3] == 1 else 1
-            self.dbias_copies = np.zeros((copies, *work.bias_shape), work.dtype)
+            self.dbias_copies = [np.zeros(work.bias_shape, work.dtype) for _ in range(copies)]
 
     def add_bias(
         self, item: _Item, rows: slice, keys: slice, split: int, dscores: np.ndarray
@@ -305,15 +329,17 @@ class _Work:
             for x in (problem.mask, problem.bias)
         )
         self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
-        self.tile_rows = max(1, min(problem.seqlen_q, TILE_ROWS // self.group))
-        self.tile_keys = max(1, min(problem.seqlen_k, TILE_KEYS))
+        rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
+        self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
+        self.tile_keys = max(1, min(problem.seqlen_k, keys))
         items = problem.batch * problem.heads_k
         tile_size = self.group * self.tile_rows * self.tile_keys
-        self.tile_heads = max(1, min(TILE_ROWS * TILE_KEYS // tile_size, items // MANY_TASKS))
+        self.tile_heads = max(1, min(rows * keys // tile_size, items // MANY_TASKS))
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
         tasks_of_item = math.ceil(MANY_TASKS / max(1, items))
         self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
         self.scratch = _Scratch(self.tile_heads * tile_size, self.dtype)
+        self.ones = np.ones(self.tile_keys, self.dtype)
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
@@ -352,25 +378,11 @@ class _Work:
         return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:])
 
 
-@dataclass(frozen=True, slots=True)
-class _LoadedKeys:
-    """A block of keys, ready for matrix products."""
+class _Tile(NamedTuple):
+    """What a tile of rows reads of a block of keys; the backward's keys have a column of 1."""
 
-    keys: slice
-    key: np.ndarray  # (heads, keys, D + 1), the last column 1
-    value: np.ndarray  # (heads, keys, Dv + 1), the last column 1
-
-    def part(self, seen: slice) -> tuple[slice, slice]:
-        """The index of some of these keys."""
-        return (slice(None), slice(seen.start - self.keys.start, seen.stop - self.keys.start))
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """What a tile of rows reads of a block of keys."""
-
-    key: np.ndarray  # (heads, keys, D + 1)
-    value: np.ndarray  # (heads, keys, Dv + 1)
+    key: np.ndarray  # (heads, keys, D) or (heads, keys, D + 1)
+    value: np.ndarray  # (heads, keys, Dv) or (heads, keys, Dv + 1)
     bias: np.ndarray | None  # (heads, group, rows, keys)
     hidden: np.ndarray | None  # (1 or heads, group * rows, keys), True where not seen
 
@@ -392,64 +404,69 @@ class _Item:
     def band(self) -> Band:
         return self.work.bands[self.batch]
 
-    def query(self, rows: slice) -> np.ndarray:
-        """(heads, group * rows, D + 1), scaled, the last column 0."""
-        query = _with_column(self.work.q[self.index][:, :, rows], 0, self.work.dtype)
+    def query(self, rows: slice, columns: int = 0) -> np.ndarray:
+        """(heads, group * rows, D + columns), scaled."""
+        query = _packed(self.work.q[self.index][:, :, rows], self.work.dtype, columns)
         query *= self.work.scale
         return query
 
-    def load_keys(self, keys: slice) -> _LoadedKeys:
-        key, value = (
-            _with_column(x[self.index][:, :, keys], 1, self.work.dtype)
-            for x in (self.work.k, self.work.v)
-        )
-        return _LoadedKeys(keys, key, value)
+    def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
+        """(heads, keys, D) and (heads, keys, Dv)."""
+        work = self.work
+        key, value = (x[self.index][:, 0, keys] for x in (work.k, work.v))
+        return key.astype(work.dtype, copy=False), value.astype(work.dtype, copy=False)
 
-    def tile(self, rows: slice, seen: slice, loaded: _LoadedKeys) -> _Tile | None:
-        """One tile, or None if a mask hides all of it."""
-        hidden = self.hidden(rows, seen)
-        if hidden is not None and hidden.all():
-            return None
-        part = loaded.part(seen)
-        bias = None
+    def tile(
+        self, rows: slice, seen: slice, keys: slice, key: np.ndarray, value: np.ndarray
+    ) -> _Tile | None:
+        """What these rows see of a block of keys, or None if a mask hides all of it."""
+        hidden, bias = self.band.hidden(rows, seen), None
+        if self.work.mask is not None:
+            masked = ~self.work.mask[self.index][:, :, rows, seen]
+            hidden = masked if hidden is None else hidden | masked
+            if hidden.all():
+                return None
+        if hidden is not None:
+            *heads, count, width = hidden.shape
+            by_head = np.broadcast_to(hidden, (*heads[:-1], self.work.group, count, width))
+            hidden = by_head.reshape(-1, self.work.group * count, width)
         if self.work.bias is not None:
             bias = self.work.bias[self.index][:, :, rows, seen]
-        return _Tile(loaded.key[part], loaded.value[part], bias, hidden)
-
-    def hidden(self, rows: slice, keys: slice) -> np.ndarray | None:
-        """(1 or heads, group * rows, keys), True where not seen; None if all see all."""
-        hidden = self.band.hidden(rows, keys)
-        if self.work.mask is not None:
-            masked = ~self.work.mask[self.index][:, :, rows, keys]
-            hidden = masked if hidden is None else hidden | masked
-        if hidden is None or not hidden.any():
-            return None
-        *heads, _, _ = hidden.shape or (1,)
-        group = (self.work.group,) if not heads else ()
-        whole = np.broadcast_to(hidden, (*heads, *group, *hidden.shape[-2:]))
-        return whole.reshape(-1, self.work.group * hidden.shape[-2], hidden.shape[-1])
+        part = slice(seen.start - keys.start, seen.stop - keys.start)
+        return _Tile(key[:, part], value[:, part], bias, hidden)
 
 
 def _scores(
-    work: _Work, query: np.ndarray, tile: _Tile, slope: np.ndarray | None = None
+    work: _Work,
+    query: np.ndarray,
+    key: np.ndarray,
+    bias: np.ndarray | None,
+    slope: np.ndarray | None = None,
 ) -> np.ndarray:
-    """(heads, group * rows, keys): the scores less their row's reference; and softcap's slope."""
-    scores = work.scratch.array(0, (*query.shape[:2], tile.key.shape[1]))
+    """(heads, group * rows, keys): the scores, and the slope of the softcap."""
+    scores = work.scratch.array(0, (*query.shape[:2], key.shape[1]))
+    np.matmul(query, _transposed(key), out=scores)
     if work.softcap:
-        np.matmul(query[..., :-1], _transposed(tile.key[..., :-1]), out=scores)
         scores /= work.softcap
         np.tanh(scores, out=scores)
         if slope is not None:
             np.multiply(scores, scores, out=slope)
             np.subtract(1, slope, out=slope)
         scores *= work.softcap
-        scores += query[..., -1:]
-    else:
-        np.matmul(query, _transposed(tile.key), out=scores)
-    if tile.bias is not None:
-        by_head = scores.reshape(tile.bias.shape)
-        by_head += tile.bias * np.asarray(LOG2_E, work.dtype)
+    if bias is not None:
+        by_head = scores.reshape(bias.shape)
+        by_head += _in_units_of_log2(bias, work.dtype)
     return scores
+
+
+def _in_units_of_log2(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """x log2(e); a finite number stays finite, as the lowest one that stands for a mask."""
+    scaled = x * np.asarray(LOG2_E, dtype)
+    overflown = np.isinf(scaled)
+    if overflown.any():
+        largest = np.copysign(np.finfo(dtype).max, scaled)
+        np.copyto(scaled, largest, where=overflown & np.isfinite(x))
+    return scaled
 
 
 def _exp2(x: np.ndarray) -> np.ndarray:
@@ -481,20 +498,33 @@ def _product(weights: np.ndarray, values: np.ndarray, hidden: np.ndarray | None)
     return product
 
 
-def _with_column(x: np.ndarray, column: np.ndarray | float, dtype: np.dtype) -> np.ndarray:
-    """(heads, group, rows, size) to a new (heads, group * rows, size + 1) with a last column."""
+def _packed(x: np.ndarray, dtype: np.dtype, columns: int = 0) -> np.ndarray:
+    """(heads, group, rows, size) to a new (heads, group * rows, size + columns)."""
     heads, group, rows, size = x.shape
-    wider = np.empty((heads, group, rows, size + 1), dtype)
-    wider[..., :-1] = x
-    wider[..., -1] = column
-    return wider.reshape(heads, group * rows, size + 1)
+    packed = np.empty((heads, group, rows, size + columns), dtype)
+    packed[..., :size] = x
+    packed[..., size:] = 1
+    return packed.reshape(heads, group * rows, size + columns)
 
 
 def _transposed(x: np.ndarray | None) -> np.ndarray | None:
     return None if x is None else x.swapaxes(-1, -2)
 
 
-def _sum_of(copies: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The sum along the first axis, in order."""
-    total = copies[0] if len(copies) == 1 else copies.sum(axis=0)
+def _zeros_like(
+    x: np.ndarray, size: int | None = None, dtype: np.dtype | None = None
+) -> np.ndarray:
+    """Zeros of x's shape, but for its last axis, and with heads before the length if x has it so."""
+    batch, seqlen, heads, own_size = x.shape
+    size, dtype = size or own_size, dtype or x.dtype
+    if abs(x.strides[2]) > abs(x.strides[1]):
+        return np.zeros((batch, heads, seqlen, size), dtype).swapaxes(1, 2)
+    return np.zeros((batch, seqlen, heads, size), dtype)
+
+
+def _sum_of(copies: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """The sum of the copies, in order."""
+    total = copies[0]
+    for copy in copies[1:]:
+        total += copy
     return total.astype(dtype, copy=False)

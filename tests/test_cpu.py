@@ -26,8 +26,8 @@ TILE = 16
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that small problems have many of them."""
-    monkeypatch.setattr(cpu, "TILE_ROWS", TILE)
-    monkeypatch.setattr(cpu, "TILE_KEYS", 2 * TILE)
+    monkeypatch.setattr(cpu, "TILE", (TILE, 2 * TILE))
+    monkeypatch.setattr(cpu, "TILE_OF_BAND", (TILE, 2 * TILE))
 
 
 def tensors(
