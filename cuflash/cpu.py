@@ -19,12 +19,23 @@ Inside, scores are in units of log 2, because exp2 is twice as fast as exp.
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from cuflash._arrays import (
+    LN_2,
+    LOG2_E,
+    Scratch,
+    exp2,
+    hide,
+    in_units_of_log2,
+    packed,
+    product,
+    transposed,
+    zeros_like,
+)
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._threads import for_each
 from cuflash._tiles import Band, blocks, visible_tiles
@@ -40,14 +51,11 @@ MANY_TASKS = 16
 # A row's reference stays while its sum of exponentials is between 1 / LARGEST_SUM and LARGEST_SUM.
 LARGEST_SUM = 2.0**24
 
-LOG2_E = math.log2(math.e)
-LN_2 = math.log(2)
-
 
 def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Attention's (out, lse)."""
     out = problem.out
-    out = _zeros_like(problem.q, problem.head_dim_v) if out is None else out
+    out = zeros_like(problem.q, problem.head_dim_v) if out is None else out
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
     if not lse.size:
         return out, lse
@@ -121,14 +129,14 @@ class _OnlineSoftmax:
     def step(self, tile: _Tile) -> None:
         """Attend to one more tile of keys."""
         scores = self.scores(tile)
-        probs = _hide(_exp2(scores), tile.hidden, 0)
+        probs = hide(exp2(scores), tile.hidden, 0)
         total = probs @ self.work.ones[: probs.shape[-1]]
         if not self.in_range(total, tile.hidden):
-            scores = _hide(self.scores(tile), tile.hidden, -np.inf)
+            scores = hide(self.scores(tile), tile.hidden, -np.inf)
             self.raise_reference(scores)
-            probs = _exp2(scores)
+            probs = exp2(scores)
             total = probs @ self.work.ones[: probs.shape[-1]]
-        self.numerator += _product(probs, tile.value, tile.hidden)
+        self.numerator += product(probs, tile.value, tile.hidden)
         self.denominator += total
 
     def scores(self, tile: _Tile) -> np.ndarray:
@@ -177,7 +185,7 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
     for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
         key, value = item.keys_and_values(keys)
         dkey, dvalue = np.zeros_like(key), np.zeros_like(value)
-        key, value = (_packed(x[:, None], work.dtype, columns=1) for x in (key, value))
+        key, value = (packed(x[:, None], work.dtype, columns=1) for x in (key, value))
         for rows, seen in visible_tiles(band, every_row, keys, work.tile_rows):
             tile = item.tile(rows, seen, keys, key, value)
             if tile is None:
@@ -188,10 +196,10 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
             if slope is not None:
                 dscores *= slope
             part = (slice(None), slice(seen.start - keys.start, seen.stop - keys.start))
-            hidden_t = _transposed(tile.hidden)
-            dvalue[part] += _product(_transposed(probs), block.dout[..., :-1], hidden_t)
-            dkey[part] += _product(_transposed(dscores), block.query[..., :-1], hidden_t)
-            block.dquery[...] += _product(dscores, tile.key[..., :-1], tile.hidden)
+            hidden_t = transposed(tile.hidden)
+            dvalue[part] += product(transposed(probs), block.dout[..., :-1], hidden_t)
+            dkey[part] += product(transposed(dscores), block.query[..., :-1], hidden_t)
+            block.dquery[...] += product(dscores, tile.key[..., :-1], tile.hidden)
         sums.dk[item.index][:, 0, keys] = dkey * LN_2
         sums.dv[item.index][:, 0, keys] = dvalue
     for block in row_blocks:
@@ -218,7 +226,7 @@ class _RowBlock:
 
         lse = some(work.rows_by_key_head(gradient.lse))
         # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
-        reference = np.where(lse == -np.inf, np.inf, _in_units_of_log2(lse, work.dtype))
+        reference = np.where(lse == -np.inf, np.inf, in_units_of_log2(lse, work.dtype))
         query = item.query(rows, columns=1)
         query[..., -1] = -reference.reshape(query.shape[:2])
         out, dout = (
@@ -229,7 +237,7 @@ class _RowBlock:
         if gradient.dlse is not None:
             delta -= some(work.rows_by_key_head(gradient.dlse))
         dquery = np.zeros((*query.shape[:2], query.shape[2] - 1), work.dtype)
-        dout = _packed(dout, work.dtype, columns=1)
+        dout = packed(dout, work.dtype, columns=1)
         dout[..., -1] = -delta.reshape(dout.shape[:2])
         return cls(rows, query, dout, dquery)
 
@@ -245,13 +253,13 @@ class _RowBlock:
             scores += self.query[..., -1:]
         else:
             scores = _scores(work, self.query, tile.key, tile.bias)
-        probs = _hide(_exp2(scores), tile.hidden, 0)
+        probs = hide(exp2(scores), tile.hidden, 0)
         dscores = work.scratch.array(1, shape)
-        np.matmul(self.dout, _transposed(tile.value), out=dscores)
+        np.matmul(self.dout, transposed(tile.value), out=dscores)
         dscores *= probs
         if slope is not None:
-            _hide(slope, tile.hidden, 0)
-        return probs, _hide(dscores, tile.hidden, 0), slope
+            hide(slope, tile.hidden, 0)
+        return probs, hide(dscores, tile.hidden, 0), slope
 
 
 class _GradientSums:
@@ -264,9 +272,9 @@ class _GradientSums:
         self.splits = max(1, min(key_blocks, MANY_TASKS // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         dtype = problem.dtype if self.splits == 1 else work.dtype
-        self.dq_copies = [_zeros_like(problem.q, dtype=dtype) for _ in range(self.splits)]
+        self.dq_copies = [zeros_like(problem.q, dtype=dtype) for _ in range(self.splits)]
         self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
-        self.all_dk, self.all_dv = _zeros_like(problem.k), _zeros_like(problem.v)
+        self.all_dk, self.all_dv = zeros_like(problem.k), zeros_like(problem.v)
         self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
         if problem.bias is not None:
             # Splits have keys of their own, and share dbias only where all keys share a bias.
@@ -298,20 +306,6 @@ class _GradientSums:
         return Gradients(_sum_of(self.dq_copies, problem.dtype), self.all_dk, self.all_dv, dbias)
 
 
-class _Scratch(threading.local):
-    """Each thread's room for the scores of a tile, and for what has their shape."""
-
-    def __init__(self, size: int, dtype: np.dtype) -> None:
-        self.size, self.dtype = size, dtype
-        self.buffers: dict[int, np.ndarray] = {}
-
-    def array(self, index: int, shape: tuple[int, ...]) -> np.ndarray:
-        """The buffer of this index as a contiguous array, with whatever it holds."""
-        if index not in self.buffers:
-            self.buffers[index] = np.empty(self.size, self.dtype)
-        return self.buffers[index][: math.prod(shape)].reshape(shape)
-
-
 class _Work:
     """A problem's arrays by key head, and how they are cut."""
 
@@ -338,7 +332,7 @@ class _Work:
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
         tasks_of_item = math.ceil(MANY_TASKS / max(1, items))
         self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
-        self.scratch = _Scratch(self.tile_heads * tile_size, self.dtype)
+        self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
         self.ones = np.ones(self.tile_keys, self.dtype)
 
     @property
@@ -406,7 +400,7 @@ class _Item:
 
     def query(self, rows: slice, columns: int = 0) -> np.ndarray:
         """(heads, group * rows, D + columns), scaled."""
-        query = _packed(self.work.q[self.index][:, :, rows], self.work.dtype, columns)
+        query = packed(self.work.q[self.index][:, :, rows], self.work.dtype, columns)
         query *= self.work.scale
         return query
 
@@ -445,7 +439,7 @@ def _scores(
 ) -> np.ndarray:
     """(heads, group * rows, keys): the scores, and the slope of the softcap."""
     scores = work.scratch.array(0, (*query.shape[:2], key.shape[1]))
-    np.matmul(query, _transposed(key), out=scores)
+    np.matmul(query, transposed(key), out=scores)
     if work.softcap:
         scores /= work.softcap
         np.tanh(scores, out=scores)
@@ -455,71 +449,8 @@ def _scores(
         scores *= work.softcap
     if bias is not None:
         by_head = scores.reshape(bias.shape)
-        by_head += _in_units_of_log2(bias, work.dtype)
+        by_head += in_units_of_log2(bias, work.dtype)
     return scores
-
-
-def _in_units_of_log2(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """x log2(e); a finite number stays finite, as the lowest one that stands for a mask."""
-    scaled = x * np.asarray(LOG2_E, dtype)
-    overflown = np.isinf(scaled)
-    if overflown.any():
-        largest = np.copysign(np.finfo(dtype).max, scaled)
-        np.copyto(scaled, largest, where=overflown & np.isfinite(x))
-    return scaled
-
-
-def _exp2(x: np.ndarray) -> np.ndarray:
-    """2 to the power of x, in place."""
-    # Where results underflow, NumPy's exp2 is a hundred times slower, and its exp is not.
-    if x.min(initial=0) >= np.finfo(x.dtype).minexp:
-        return np.exp2(x, out=x)
-    x *= LN_2
-    return np.exp(x, out=x)
-
-
-def _hide(x: np.ndarray, hidden: np.ndarray | None, value: float) -> np.ndarray:
-    """Overwrite what is not seen, in place."""
-    if hidden is not None:
-        np.copyto(x, value, where=hidden)
-    return x
-
-
-def _product(weights: np.ndarray, values: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
-    """weights @ values; a hidden pair adds nothing, although 0 * NaN and 0 * inf are NaN."""
-    if hidden is None or np.isfinite(values).all():
-        return weights @ values
-    bad = ~np.isfinite(values).all(axis=-1)
-    product = weights @ np.where(bad[..., None], 0, values)
-    hidden = np.broadcast_to(hidden, weights.shape)
-    for head, i in zip(*bad.nonzero(), strict=True):
-        seen = ~hidden[head, :, i]
-        product[head, seen] += weights[head, seen, i, None] * values[head, i]
-    return product
-
-
-def _packed(x: np.ndarray, dtype: np.dtype, columns: int = 0) -> np.ndarray:
-    """(heads, group, rows, size) to a new (heads, group * rows, size + columns)."""
-    heads, group, rows, size = x.shape
-    packed = np.empty((heads, group, rows, size + columns), dtype)
-    packed[..., :size] = x
-    packed[..., size:] = 1
-    return packed.reshape(heads, group * rows, size + columns)
-
-
-def _transposed(x: np.ndarray | None) -> np.ndarray | None:
-    return None if x is None else x.swapaxes(-1, -2)
-
-
-def _zeros_like(
-    x: np.ndarray, size: int | None = None, dtype: np.dtype | None = None
-) -> np.ndarray:
-    """Zeros of x's shape, but for its last axis, and with heads before the length if x has it so."""
-    batch, seqlen, heads, own_size = x.shape
-    size, dtype = size or own_size, dtype or x.dtype
-    if abs(x.strides[2]) > abs(x.strides[1]):
-        return np.zeros((batch, heads, seqlen, size), dtype).swapaxes(1, 2)
-    return np.zeros((batch, seqlen, heads, size), dtype)
 
 
 def _sum_of(copies: list[np.ndarray], dtype: np.dtype) -> np.ndarray:

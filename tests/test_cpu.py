@@ -277,6 +277,18 @@ def test_more_keys_than_memory(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(lse, np.log(2**20 + 1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_results_are_laid_out_as_the_inputs(rng: np.random.Generator, heads_first: bool) -> None:
+    x = tensors(rng)
+    if heads_first:
+        x = tuple(np.ascontiguousarray(a.swapaxes(1, 2)).swapaxes(1, 2) for a in x)
+    found = run(*x)
+    for name in ("out", "dq", "dk", "dv"):
+        array = found[name].swapaxes(1, 2) if heads_first else found[name]
+        assert array.flags.c_contiguous, name
+    assert_close(found, expected(*x))
+
+
 # ------------------------------------------------------------------------------------- not finite
 
 
