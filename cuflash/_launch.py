@@ -21,7 +21,6 @@ class Gpu:
         properties = runtime.getDeviceProperties(device_id)
         self.device = _plan.Device(
             capability=10 * properties["major"] + properties["minor"],
-            num_sms=properties["multiProcessorCount"],
             l2_bytes=properties["l2CacheSize"],
         )
         self._device_id = device_id

@@ -28,7 +28,6 @@ class Device:
     """What a plan depends on of a GPU."""
 
     capability: int  # 10 * major + minor
-    num_sms: int
     l2_bytes: int
 
     @property

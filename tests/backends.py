@@ -79,7 +79,7 @@ class EmulatedGpu:
     def __init__(
         self, capability: int, schedule: str, seed: int, inputs: Sequence[np.ndarray]
     ) -> None:
-        self.device = _plan.Device(capability, num_sms=4, l2_bytes=1 << 20)
+        self.device = _plan.Device(capability, l2_bytes=1 << 20)
         self.stats: list[Any] = []
         self._schedule, self._seed = schedule, seed
         self._buffers = list(inputs)
