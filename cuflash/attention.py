@@ -22,7 +22,6 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from cuflash import cpu
 from cuflash._problem import GradientProblem, Gradients, Problem, check_flag
 from cuflash.interop import receive
 
@@ -281,8 +280,9 @@ def _vjp(
 
 @cache
 def _backend(device: str) -> ModuleType:
+    # Imported by the first call that needs it: `import cuflash` pays for neither, nor needs CuPy.
     if device == "cpu":
-        return cpu
-    from cuflash import _launch  # needs CuPy
-
-    return _launch
+        from cuflash import cpu as backend
+    else:
+        from cuflash import _launch as backend
+    return backend

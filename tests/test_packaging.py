@@ -119,11 +119,19 @@ def test_an_installation_without_kernels_says_so(monkeypatch, tmp_path):
 
 
 def test_importing_takes_neither_cupy_nor_long(checkout):
-    # Processor time, and the least of three: the machine may be busy.
-    script = (
-        "import sys, time; start = time.process_time(); import cuflash; "
-        "print(time.process_time() - start, 'cupy' in sys.modules)"
-    )
-    outputs = [run(sys.executable, "-c", script, cwd=checkout).split() for _ in range(3)]
-    assert {loaded for _, loaded in outputs} == {"False"}
-    assert min(float(seconds) for seconds, _ in outputs) < 0.3
+    # The importing thread's processor time (BLAS has threads that spin), and the least of five.
+    script = """
+import sys, time
+start = time.thread_time()
+import numpy, ml_dtypes
+others, loaded = time.thread_time() - start, set(sys.modules)
+import cuflash
+packages = {name.partition(".")[0] for name in set(sys.modules) - loaded}
+print(time.thread_time() - start - others, others, *packages - sys.stdlib_module_names)
+"""
+    run(sys.executable, "-m", "compileall", "-q", "cuflash", cwd=checkout)  # as installers do
+    outputs = [run(sys.executable, "-c", script, cwd=checkout).split() for _ in range(5)]
+    assert {tuple(packages) for _, _, *packages in outputs} == {("cuflash",)}
+    own, others = (min(float(output[i]) for output in outputs) for i in (0, 1))
+    # In all under 0.3 s, wherever NumPy takes its usual 0.25 s or less.
+    assert own < 0.05, f"cuflash takes {own:.3f} s, after {others:.3f} s for what it needs"
