@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash._problem import BFLOAT16
+from cuflash._checks import BFLOAT16
 
 # The numbers of dlpack.h.
 CPU = 1

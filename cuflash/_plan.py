@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cuflash import _params
-from cuflash._problem import MAX_HEAD_DIM, Problem
+from cuflash._checks import MAX_HEAD_DIM
+from cuflash._problem import Problem
 
 KIB = 1024
 # Shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).

@@ -22,7 +22,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from cuflash._problem import GradientProblem, Gradients, Problem, check_flag
+from cuflash._checks import check_flag
+from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash.interop import receive
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__

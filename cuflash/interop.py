@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from cuflash import _dlpack
-from cuflash._problem import BFLOAT16, Array, Problem
+from cuflash._checks import BFLOAT16
+from cuflash._problem import Array, Problem
 
 Foreign = Any  # an array of the caller's kind
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash._problem import check_partials
+from cuflash._checks import check_partials
 from cuflash.interop import receive
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__

@@ -9,8 +9,8 @@ import pytest
 import cuflash
 from cuflash import _jit, _plan, reference
 from cuflash.__main__ import main
+from cuflash._checks import BFLOAT16, FLOAT64
 from cuflash._plan import Kernel
-from cuflash._problem import BFLOAT16, FLOAT64
 from cuflash.cli import bench, check, compile, contenders, oracle, timing
 from cuflash.cli.cases import Case, spread
 

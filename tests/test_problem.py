@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from unreal_gpu import DV, HK, HQ, LSE, OUT, SHAPES, SK, SQ, B, D, Maker, refused
 
-from cuflash import _problem
+from cuflash._checks import MAX_OFFSET
+from cuflash._problem import Problem
 
 BFLOAT16 = ml_dtypes.bfloat16
 
@@ -57,7 +58,7 @@ def test_arrays_are_not_copied(make: Maker) -> None:
         (False, (None, 4), (None, 4)),
         (False, [0, np.int32(2)], (0, 2)),
         (np.True_, (None, None), (None, 0)),
-        (False, (10**30, None), (2 * _problem.MAX_OFFSET, None)),
+        (False, (10**30, None), (2 * MAX_OFFSET, None)),
     ],
 )
 def test_causal_is_a_window(make: Maker, causal: Any, window: Any, expected: Any) -> None:
@@ -282,8 +283,8 @@ def test_sizes_beyond_32_bits(sq: int, sk: int, heads_q: int, batch: int, found:
     with refused(
         NotImplementedError, f"q and k have {found}; expected at most 2147482624 on a GPU"
     ):
-        _problem.Problem.create("attention", "cuda", q, k, k)
-    _problem.Problem.create("attention", "cpu", q, k, k)
+        Problem.create("attention", "cuda", q, k, k)
+    Problem.create("attention", "cpu", q, k, k)
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])

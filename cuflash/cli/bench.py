@@ -19,7 +19,7 @@ import numpy as np
 
 import cuflash
 from cuflash import _jit
-from cuflash._problem import BFLOAT16
+from cuflash._checks import BFLOAT16
 from cuflash.cli import contenders
 from cuflash.cli.contenders import OURS, Cell, Factory, Inputs
 from cuflash.cli.gpus import driver_version, require_gpu

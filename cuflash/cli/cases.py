@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuflash._problem import BFLOAT16, FLOAT16
+from cuflash._checks import BFLOAT16, FLOAT16
 
 HEAD_DIMS = (1, 8, 31, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
 HEAD_DIM_PAIRS = ((64, 128), (192, 128), (32, 256), (256, 32), (17, 90))

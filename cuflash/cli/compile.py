@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cuflash import _jit, _plan
+from cuflash._checks import MAX_HEAD_DIM
 from cuflash._plan import Kernel
-from cuflash._problem import MAX_HEAD_DIM
 from cuflash.cli.gpus import CommandError, find_gpus
 from cuflash.cli.progress import progress, say
 

@@ -1,0 +1,342 @@
+"""The rules that arguments keep: every check of a call's arguments, and every message, is here."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from functools import lru_cache
+from typing import Any, NamedTuple, NoReturn
+
+import ml_dtypes
+import numpy as np
+
+from cuflash._overlap import address, overlap, overlaps_itself
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT16 = np.dtype(np.float16)
+FLOAT32 = np.dtype(np.float32)
+FLOAT64 = np.dtype(np.float64)
+DTYPES = {"cpu": (FLOAT16, BFLOAT16, FLOAT32, FLOAT64), "cuda": (FLOAT16, BFLOAT16)}
+MAX_HEAD_DIM = 256
+MAX_FACTOR = 1e30  # with 1 / MAX_FACTOR the range of scale and softcap in float32
+MAX_INDEX = 2**31 - 1024  # the kernels count rows, keys and blocks in 32 bits, rounded up to tiles
+SMALLEST_TILE = 32  # rows of a query tile, keys of a key tile
+MAX_OFFSET = 2**60  # offset + position + window stays inside 64 bits
+
+_BOOLS = (bool, np.bool_)
+
+Array = Any  # numpy.ndarray, or cupy.ndarray where device is "cuda"
+
+
+def check_flag(function: str, name: str, value: Any) -> bool:
+    """The value as a bool, if it is one."""
+    return Check(function, "").flag(name, value)
+
+
+def check_partials(function: str, device: str, outs: list[Array], lses: list[Array]) -> None:
+    """Check that partial results belong to the same queries: (B, Sq, Hq, Dv) and (B, Hq, Sq)."""
+    check = Check(function, device)
+    check.axes("outs[0]", outs[0], "(batch, length, heads, head size)")
+    check.dtype("outs[0]", outs[0], DTYPES["cpu"])
+    batch, seqlen_q, heads_q, _ = outs[0].shape
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        check.like(f"outs[{i}]", out, outs[0].shape, outs[0].dtype)
+        lse_dtype = accumulator_dtype(outs[0].dtype)
+        check.like(f"lses[{i}]", lse, (batch, heads_q, seqlen_q), lse_dtype)
+
+
+def accumulator_dtype(dtype: np.dtype) -> np.dtype:
+    """The dtype that scores, sums and lse are kept in."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+class _Layout(NamedTuple):
+    """What the checks of q, k and v read of an array."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # bytes
+    dtype: np.dtype
+
+
+@lru_cache(maxsize=1024)
+def check_layouts(function: str, device: str, q: tuple, k: tuple, v: tuple) -> None:
+    """Check q, k and v against each other, once for all calls of these layouts."""
+    Check(function, device).tensors(_Layout(*q), _Layout(*k), _Layout(*v))
+
+
+class Check(NamedTuple):
+    """The rules, one method per argument: messages name function, argument, found, expected."""
+
+    function: str
+    device: str
+
+    def fail(self, error: type[Exception], message: str) -> NoReturn:
+        raise error(f"cuflash.{self.function}: {message}")
+
+    def tensors(self, q: _Layout, k: _Layout, v: _Layout) -> None:
+        for name, array in (("q", q), ("k", k), ("v", v)):
+            self.axes(name, array, "(batch, length, heads, head size)")
+            self.dtype(name, array, DTYPES[self.device])
+            self.contiguous_last_axis(name, array)
+        for name, array in (("k", k), ("v", v)):
+            if array.dtype != q.dtype:
+                self.fail(TypeError, f"{name} is {array.dtype}, q is {q.dtype}; expected one dtype")
+            if array.shape[0] != q.shape[0]:
+                self.fail(
+                    ValueError,
+                    f"{name} has batch {array.shape[0]}, q has {q.shape[0]}; expected the same",
+                )
+        if k.shape[3] != q.shape[3]:
+            self.fail(
+                ValueError, f"k has head size {k.shape[3]}, q has {q.shape[3]}; expected the same"
+            )
+        if v.shape[1:3] != k.shape[1:3]:
+            self.fail(
+                ValueError,
+                f"v has (length, heads) {v.shape[1:3]}, k has {k.shape[1:3]}; expected the same",
+            )
+        self.heads(q.shape[2], k.shape[2])
+        self.head_dim("q", q.shape[3])
+        self.head_dim("v", v.shape[3])
+        if self.device == "cuda" and k.shape[2]:
+            self.indices(q.shape, k.shape)
+
+    def axes(self, name: str, array: Array | _Layout, axes: str) -> None:
+        expected = axes.count(",") + 1
+        if len(array.shape) != expected:
+            self.fail(
+                ValueError,
+                f"{name} has {len(array.shape)} axes, shape {array.shape}; "
+                f"expected {expected} axes {axes}",
+            )
+
+    def dtype(self, name: str, array: Array | _Layout, supported: tuple[np.dtype, ...]) -> None:
+        if array.dtype not in supported:
+            where = "on a GPU" if self.device == "cuda" else "on the CPU"
+            names = ", ".join(map(str, supported))
+            self.fail(TypeError, f"{name} is {array.dtype}; expected one of {names} {where}")
+
+    def contiguous_last_axis(self, name: str, array: Array | _Layout) -> None:
+        itemsize = array.dtype.itemsize
+        if array.strides[-1] != itemsize and array.shape[-1] > 1 and 0 not in array.shape:
+            self.fail(
+                ValueError,
+                f"{name} has a last axis with a stride of {array.strides[-1]} bytes; "
+                f"expected a contiguous last axis ({itemsize} bytes)",
+            )
+
+    def heads(self, heads_q: int, heads_k: int) -> None:
+        if heads_q == heads_k == 0:
+            return
+        if heads_k == 0 or heads_q % heads_k:
+            self.fail(
+                ValueError,
+                f"q has {heads_q} heads, k has {heads_k}; "
+                "expected a number of q heads that is a multiple of k's",
+            )
+
+    def addresses(self, arrays: dict[str, Array | None]) -> None:
+        for name, array in arrays.items():
+            if array is None:
+                continue
+            if any(step % array.itemsize for step in (address(array), *array.strides)):
+                self.fail(
+                    ValueError,
+                    f"{name} has its first element at {address(array):#x} and strides of "
+                    f"{array.strides} bytes; expected multiples of {array.itemsize}, an element",
+                )
+
+    def indices(self, q: tuple[int, ...], k: tuple[int, ...]) -> None:
+        batch, seqlen_q, heads_q, _ = q
+        seqlen_k, heads_k = k[1:3]
+        rows = seqlen_q * (heads_q // heads_k)
+        blocks = batch * heads_k * (max(rows, seqlen_k) // SMALLEST_TILE + 1)
+        for what, found in (
+            ("Sq * (Hq // Hk)", rows),
+            ("Sq + Sk", seqlen_q + seqlen_k),
+            (f"B * Hk * (Sq * (Hq // Hk) or Sk) / {SMALLEST_TILE}", blocks),
+        ):
+            if found > MAX_INDEX:
+                self.fail(
+                    NotImplementedError,
+                    f"q and k have {what} = {found}; expected at most {MAX_INDEX} on a GPU",
+                )
+
+    def head_dim(self, name: str, size: int) -> None:
+        if size < 1:
+            self.fail(ValueError, f"{name} has head size 0; expected at least 1")
+        if self.device == "cuda" and size > MAX_HEAD_DIM:
+            self.fail(
+                NotImplementedError,
+                f"{name} has head size {size}; expected at most {MAX_HEAD_DIM} on a GPU "
+                "(the cpu backend takes any)",
+            )
+
+    def like(self, name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        if array.shape != shape:
+            self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}")
+        if array.dtype != dtype:
+            self.fail(TypeError, f"{name} is {array.dtype}; expected {dtype}")
+
+    def out(
+        self,
+        out: Array,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        inputs: dict[str, Array | None],
+    ) -> None:
+        self.like("out", out, shape, dtype)
+        self.contiguous_last_axis("out", out)
+        if isinstance(out, np.ndarray) and not out.flags.writeable:
+            self.fail(ValueError, "out is read-only; expected an array that can be written")
+        if overlaps_itself(out):
+            self.fail(
+                ValueError,
+                f"out overlaps itself (strides {out.strides}); expected distinct elements",
+            )
+        for name, array in inputs.items():
+            if array is not None and overlap(out, array):
+                self.fail(ValueError, f"out overlaps {name}; expected memory of its own")
+
+    def number(self, name: str, value: Any) -> float:
+        if isinstance(value, _BOOLS) or not isinstance(value, numbers.Real):
+            self.fail(TypeError, f"{name} is {_shown(value)}; expected a real number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            self.fail(ValueError, f"{name} is {number}; expected a finite number")
+        return number
+
+    def factor(self, name: str, value: Any, dtype: np.dtype) -> float:
+        number = self.number(name, value)
+        fits = number == 0 or 1 / MAX_FACTOR <= abs(number) <= MAX_FACTOR
+        if not fits and accumulator_dtype(dtype) == FLOAT32:
+            self.fail(
+                ValueError,
+                f"{name} is {number}; expected 0, or a size from {1 / MAX_FACTOR:.0e} to "
+                f"{MAX_FACTOR:.0e} where sums are float32",
+            )
+        return number
+
+    def scale(self, scale: float | None, head_dim: int, dtype: np.dtype) -> float:
+        return 1.0 / math.sqrt(head_dim) if scale is None else self.factor("scale", scale, dtype)
+
+    def softcap(self, softcap: float | None, dtype: np.dtype) -> float:
+        if softcap is None:
+            return 0.0
+        value = self.factor("softcap", softcap, dtype)
+        if value < 0:
+            self.fail(ValueError, f"softcap is {value}; expected a positive number, or 0 for none")
+        return value
+
+    def flag(self, name: str, value: Any) -> bool:
+        if not isinstance(value, _BOOLS):
+            self.fail(TypeError, f"{name} is {_shown(value)}; expected True or False")
+        return bool(value)
+
+    def integer(self, name: str, value: Any) -> int:
+        if isinstance(value, _BOOLS) or not isinstance(value, numbers.Integral):
+            self.fail(TypeError, f"{name} is {_shown(value)}; expected an integer")
+        return int(value)
+
+    def window(self, window: Any, causal: Any) -> tuple[int | None, int | None]:
+        causal = self.flag("causal", causal)
+        if window is None:
+            return (None, 0 if causal else None)
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
+            self.fail(TypeError, f"window is {_shown(window)}; expected a pair (left, right)")
+        left = self.window_side("left", window[0])
+        right = self.window_side("right", window[1])
+        return (left, 0 if causal else right)
+
+    def window_side(self, name: str, side: Any) -> int | None:
+        if side is None:
+            return None
+        keys = self.integer(f"window {name}", side)
+        if keys < 0:
+            self.fail(
+                ValueError, f"window {name} is {keys}; expected 0 or more, or None for unbounded"
+            )
+        return min(keys, 2 * MAX_OFFSET)  # reaches every key from every offset
+
+    def offset(self, offset: Any, batch: int) -> int | Array | None:
+        if offset is None:
+            return None
+        if isinstance(offset, np.ndarray) and offset.shape == ():
+            offset = offset.item()
+        if hasattr(offset, "__dlpack__"):
+            return self.per_batch("offset", offset, batch, -MAX_OFFSET, MAX_OFFSET)
+        value = self.integer("offset", offset)
+        if abs(value) > MAX_OFFSET:
+            self.fail(ValueError, f"offset is {value}; expected at most 2^60 in size")
+        return value
+
+    def lengths(self, name: str, lengths: Any, batch: int, longest: int) -> Array | None:
+        return None if lengths is None else self.per_batch(name, lengths, batch, 0, longest)
+
+    def per_batch(self, name: str, array: Any, batch: int, low: int, high: int) -> Array:
+        is_array = hasattr(array, "__dlpack__")
+        if not is_array or array.dtype.kind not in "iu":
+            found = array.dtype if is_array else type(array).__name__
+            self.fail(TypeError, f"{name} is {found}; expected one integer per batch entry")
+        if array.shape != (batch,):
+            self.fail(
+                ValueError,
+                f"{name} has shape {array.shape}; expected ({batch},), one per batch entry",
+            )
+        # Device values cannot be read without waiting for the device: the kernels clamp them.
+        if not isinstance(array, np.ndarray):
+            return array
+        for value in (int(array.min()), int(array.max())) if batch else ():
+            if not low <= value <= high:
+                self.fail(ValueError, f"{name} holds {value}; expected {low} to {high}")
+        return array.astype(np.int64, copy=False)
+
+    def mask(self, mask: Array | None, scores_shape: tuple[int, ...]) -> Array | None:
+        if mask is None:
+            return None
+        self.only_on_cpu("mask")
+        if mask.dtype != np.bool_:
+            self.fail(TypeError, f"mask is {mask.dtype}; expected bool (True: attend)")
+        self.broadcastable("mask", mask, scores_shape)
+        return mask
+
+    def bias(
+        self, bias: Array | None, scores_shape: tuple[int, ...], dtype: np.dtype
+    ) -> Array | None:
+        if bias is None:
+            return None
+        self.only_on_cpu("bias")
+        allowed = (dtype, accumulator_dtype(dtype))
+        if bias.dtype not in allowed:
+            names = " or ".join(dict.fromkeys(map(str, allowed)))
+            self.fail(TypeError, f"bias is {bias.dtype}; expected {names}")
+        self.broadcastable("bias", bias, scores_shape)
+        return bias
+
+    def only_on_cpu(self, name: str) -> None:
+        if self.device == "cuda":
+            self.fail(
+                NotImplementedError,
+                f"{name} is not supported by the GPU kernels yet; the cpu backend (NumPy) has it",
+            )
+
+    def broadcastable(self, name: str, array: Array, scores_shape: tuple[int, ...]) -> None:
+        fits = array.ndim <= 4 and all(
+            n in (1, full) for n, full in zip(array.shape[::-1], scores_shape[::-1], strict=False)
+        )
+        if not fits:
+            self.fail(
+                ValueError,
+                f"{name} has shape {array.shape}; "
+                f"expected one that broadcasts to (batch, q heads, Sq, Sk) = {scores_shape}",
+            )
+
+
+def _shown(value: Any) -> str:
+    """A wrong value for a message: short, and without reading what lies on a device."""
+    name = type(value).__name__
+    return name if hasattr(value, "__dlpack__") else f"{reprlib.repr(value)} ({name})"
