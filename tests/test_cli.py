@@ -168,13 +168,21 @@ def test_compile_goes_on_after_a_failure_and_shows_the_log(tiny_kernel, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:cuflash. cannot write")
-def test_compile_fails_where_the_cache_cannot_be_written(
-    tiny_kernel, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_compile_stops_where_the_cache_cannot_be_written(tmp_path, monkeypatch, capsys, jobs):
+    pytest.importorskip("cupy", reason="compiling needs CuPy")
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(tmp_path / "a file/cache"))
-    assert main(["compile", "--arch", "sm_80", "--head-dim", "64", "--jobs", "1"]) == 1
-    assert "cannot be written" in capsys.readouterr().out
+    command = ["compile", "--arch", "sm_80", "--head-dim", "32", "--forward-only", "--jobs", jobs]
+    assert main(command) == 2
+    printed = capsys.readouterr()
+    assert not printed.out
+    assert "a file/cache cannot be written" in printed.err
+
+
+def test_compile_counts_an_architecture_once(tiny_kernel, cache, capsys):
+    assert main(["compile", "--arch", "sm_80", "sm_80", "--head-dim", "64", "--jobs", "1"]) == 0
+    assert "1 kernels for sm_80: 1 compiled" in capsys.readouterr().out
 
 
 def test_compile_refuses_an_architecture_below_the_kernels(cache, capsys):
@@ -410,7 +418,7 @@ def test_the_grid_holds_tokens_and_width():
 def test_bench_on_the_cpu_leaves_a_table_and_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "CPU_SHAPES", ((1, 32, 2, 8, True),))
     monkeypatch.setattr(contenders, "gemm_tflops_cpu", lambda: (0.5, "numpy float32"))
-    output = tmp_path / "results" / "cpu.json"
+    output = tmp_path / "cpu.json"
     command = ["bench", "--suite", "cpu", "--seconds", "0.01", "--output", str(output)]
     assert main([*command, "--commit", "abc"]) == 0
     report = json.loads(output.read_text())
@@ -436,6 +444,54 @@ def test_bench_records_why_a_peer_is_absent(tmp_path, monkeypatch, capsys):
     results = json.loads(output.read_text())["cells"][0]["results"]
     assert results["torch"] == {"error": "ImportError: No module named 'torch'"}
     assert "torch: ImportError: No module named 'torch'" in capsys.readouterr().out
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """`bench --suite cpu` must be over before it measures anything."""
+
+    def measured(*_):
+        raise AssertionError("this was to be refused first")
+
+    monkeypatch.setattr(contenders, "gemm_tflops_cpu", measured)
+    monkeypatch.setattr(bench, "_run_cell", measured)
+
+
+def test_bench_refuses_peers_that_it_does_not_know(unmeasured, tmp_path, capsys):
+    command = ["bench", "--suite", "cpu", "--output", str(tmp_path / "cpu.json")]
+    assert main([*command, "--peers", "torch", "tensorflow"]) == 2
+    assert "--peers has 'tensorflow'; expected some of 'torch'\n" in capsys.readouterr().err
+
+
+def test_bench_takes_the_peers_that_were_named():
+    factories = {"cuflash": 0, "torch cudnn": 1, "jax cudnn": 2}
+    assert bench._chosen(factories, None) == factories
+    assert bench._chosen(factories, ["jax cudnn"]) == {"cuflash": 0, "jax cudnn": 2}
+    assert bench._chosen(factories, ["cuflash"]) == bench._chosen(factories, []) == {"cuflash": 0}
+
+
+@pytest.mark.parametrize("output", ["", "missing/cpu.json", "a file/cpu.json"])
+def test_bench_refuses_an_output_that_cannot_be_written(unmeasured, tmp_path, capsys, output):
+    (tmp_path / "a file").write_text("")
+    path = tmp_path / output
+    assert main(["bench", "--suite", "cpu", "--output", str(path)]) == 2
+    assert f"the result cannot be written to {path}: " in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a file"]
+
+
+def test_bench_leaves_no_file_where_it_does_not_measure(tmp_path):
+    bench._require_writable(tmp_path / "cpu.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "cpu.json").write_text("{}")
+    bench._require_writable(tmp_path / "cpu.json")
+    assert (tmp_path / "cpu.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "0", "1e999", "soon"])
+def test_bench_refuses_what_is_no_duration(unmeasured, capsys, seconds):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "--suite", "cpu", f"--seconds={seconds}"])
+    assert f"{seconds!r} is no duration; expected seconds" in capsys.readouterr().err
 
 
 def test_the_table_compares_with_the_best_peer():

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from cuflash import _jit
 from cuflash._checks import BFLOAT16
 from cuflash.cli import contenders
 from cuflash.cli.contenders import OURS, Cell, Factory, Inputs
-from cuflash.cli.gpus import driver_version, require_gpu
+from cuflash.cli.gpus import CommandError, driver_version, require_gpu
 from cuflash.cli.progress import progress, say
 from cuflash.cli.timing import measure, warm_up
 
@@ -41,7 +43,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--suite", choices=("forward", "backward", "cpu"), default="forward")
     add("--quick", action="store_true", help="a few cells of the grid")
     add("--peers", nargs="*", help="only these, by the names of the table's columns")
-    add("--seconds", type=float, default=0.5, help="for each contender in each cell")
+    add("--seconds", type=_seconds, default=0.5, help="for each contender in each cell")
     add("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
     add("--commit", help="what to record where this is no git checkout")
     return parser
@@ -50,25 +52,61 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     cells = list(_cells(options.suite, options.quick))
     if options.suite == "cpu":
-        machine, inputs_of = _cpu(), _cpu_inputs
-        factories, gemm = contenders.cpu_contenders(), contenders.gemm_tflops_cpu()
+        factories, machine = contenders.cpu_contenders(), _cpu()
     else:
         cupy = require_gpu("bench")
-        machine, inputs_of = _gpu(cupy), _gpu_inputs(cupy)
-        factories, gemm = contenders.gpu_contenders(cupy), contenders.gemm_tflops_gpu(cupy)
-    if options.peers is not None:
-        factories = {n: f for n, f in factories.items() if n == OURS or n in options.peers}
+        factories, machine = contenders.gpu_contenders(cupy), _gpu(cupy)
+    # Whatever is wrong with the arguments is said before the measurement, which takes minutes.
+    factories = _chosen(factories, options.peers)
+    output = options.output or _default_output(options.suite, machine["device"])
+    _require_writable(output)
+    if options.suite == "cpu":
+        gemm, inputs_of = contenders.gemm_tflops_cpu(), _cpu_inputs
+    else:
+        gemm, inputs_of = contenders.gemm_tflops_gpu(cupy), _gpu_inputs(cupy)
     rows = []
     for cell in progress(cells, len(cells), "cell"):
         rows.append(_run_cell(cell, factories, inputs_of(cell), options.seconds))
         say(f"{cell}: {_rates(rows[-1])}")
     report = _report(options, machine, gemm, rows)
-    output = options.output or _default_output(options.suite, machine["device"])
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(_table(report))
     print(f"\n{output}")
     return 1 if any("error" in row["results"][OURS] for row in rows) else 0
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; expected seconds, more than 0")
+    return seconds
+
+
+def _chosen(factories: dict[str, Factory], peers: list[str] | None) -> dict[str, Factory]:
+    """The factories of these peers, and ours; all of them where none were named."""
+    if peers is None:
+        return factories
+    unknown = [repr(name) for name in peers if name not in factories]
+    if unknown:
+        known = ", ".join(repr(name) for name in factories if name != OURS)
+        raise CommandError(f"bench: --peers has {', '.join(unknown)}; expected some of {known}")
+    return {name: make for name, make in factories.items() if name == OURS or name in peers}
+
+
+def _require_writable(output: Path) -> None:
+    existed = output.exists()
+    try:
+        output.open("a").close()
+    except OSError as error:
+        raise CommandError(
+            f"bench: the result cannot be written to {output}: {error.strerror}; "
+            "expected --output FILE, in a folder that exists"
+        ) from error
+    if not existed:
+        output.unlink()
 
 
 def _cells(suite: str, quick: bool) -> Iterator[Cell]:
@@ -182,9 +220,12 @@ def _commit() -> str:
 
 
 def _default_output(suite: str, device: str) -> Path:
+    """A file in the checkout's benchmarks/results; without a checkout, in one made here."""
     folder = CHECKOUT / "benchmarks" / "results"
     if not folder.is_dir():
         folder = Path.cwd() / "benchmarks" / "results"
+        with suppress(OSError):  # the file will not be writable then either
+            folder.mkdir(parents=True, exist_ok=True)
     slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
     return folder / f"{datetime.date.today().isoformat()}-{slug}-{suite}.json"
 

@@ -67,7 +67,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    archs = options.arch or _archs_here()
+    archs = list(dict.fromkeys(options.arch or _archs_here()))
     kernels = list(dict.fromkeys(k for arch in archs for k in _kernels(arch, options)))
     outcomes = []
     for outcome in progress(_compile_all(kernels, options.jobs), len(kernels), "kernel"):
@@ -142,8 +142,11 @@ def _compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Outcome]:
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        for future in as_completed([pool.submit(_compile, kernel) for kernel in kernels]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(_compile, kernel) for kernel in kernels]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _compile(kernel: Kernel) -> Outcome:
@@ -152,7 +155,8 @@ def _compile(kernel: Kernel) -> Outcome:
     except (_jit.CompileError, NotImplementedError, FileNotFoundError) as error:
         return Outcome(kernel, error=str(error))
     if cubin.path is None:
-        return Outcome(kernel, error=f"{_jit.cache_dir()} cannot be written")
+        # What else there is to compile would be lost too.
+        raise CommandError(f"compile: the cache folder {_jit.cache_dir()} cannot be written")
     return Outcome(kernel, seconds=cubin.seconds, resources=cubin.resources)
 
 
