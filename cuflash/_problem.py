@@ -61,6 +61,7 @@ class Problem:
             check.addresses({"q": q, "k": k, "v": v, "out": out})
         if out is not None:
             inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
+            inputs |= {"offset": offset, "q_lens": q_lens, "kv_lens": kv_lens}
             check.out(out, (batch, seqlen_q, heads_q, v.shape[3]), q.dtype, inputs)
         return cls(
             device=device,

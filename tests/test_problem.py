@@ -471,6 +471,19 @@ def test_out_overlaps_a_bias() -> None:
         Maker("cpu").problem(out=memory, bias=memory.reshape(-1)[:SK])
 
 
+@pytest.mark.parametrize("name", ["offset", "q_lens", "kv_lens"])
+def test_out_overlaps_what_is_per_batch_entry(make: Maker, name: str) -> None:
+    memory = make((B * SQ * HQ * DV,), np.float16)
+    values = memory[-4 * B :].view(np.int64)
+    with refused(ValueError, f"out overlaps {name}; expected memory of its own"):
+        make.problem(out=memory.reshape(OUT), **{name: values})
+
+
+def test_out_cannot_overlap_a_number_or_what_lies_on_the_host(make: Maker) -> None:
+    p = make.problem(out=make(OUT), offset=3, q_lens=np.zeros(B, np.int64))
+    assert p.offset == 3
+
+
 def test_out_between_inputs_of_one_buffer(make: Maker) -> None:
     packed = make((B, SQ, 4, HQ, D))
     q, k, v, out = (packed[:, :, i] for i in range(4))
