@@ -24,7 +24,7 @@ from typing import Any
 
 from cuflash._checks import check_flag
 from cuflash._problem import GradientProblem, Gradients, Problem
-from cuflash.interop import receive
+from cuflash.interop import receive, warn_of_lost_gradients
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__
 Integers = Any  # such an array of integers, or a sequence of int
@@ -106,6 +106,13 @@ def attention(
         Arrays lie on different devices, or a shape, a stride or a value is not possible.
     NotImplementedError
         The GPU kernels do not have it: a head size over 256, `mask`, `bias`.
+    ImportError, RuntimeError
+        The arrays are on a GPU; CuPy is not installed, or cannot use that GPU.
+
+    Warns
+    -----
+    UserWarning
+        A torch tensor requires grad while torch records: the result carries no gradient.
 
     Notes
     -----
@@ -241,10 +248,15 @@ def attention_vjp(
     return _vjp("attention_vjp", locals())
 
 
-# The public functions hand on locals(), every argument under its name, so that none is forgotten.
+# The public functions hand on locals(), every argument under its name, so that none is forgotten;
+# they call nothing before that: torch.compile would take them apart, and their locals() with them.
 
 
-def _forward(function: str, arguments: dict[str, Any]) -> Array | tuple[Array, Array]:
+def _forward(
+    function: str, arguments: dict[str, Any], has_pullback: bool = False
+) -> Array | tuple[Array, Array]:
+    if not has_pullback:
+        warn_of_lost_gradients(function, arguments, stacklevel=4)
     return_lse = check_flag(function, "return_lse", arguments["return_lse"])
     with receive(function, ("q", "k", "v"), arguments) as call:
         del call.arguments["return_lse"]
@@ -270,11 +282,12 @@ def _vjp(
     return_lse, deterministic = (
         check_flag(function, name, options.pop(name)) for name in ("return_lse", "deterministic")
     )
-    out, lse = _forward(function, {**options, "return_lse": True})
+    out, lse = _forward(function, {**options, "return_lse": True}, has_pullback=True)
 
     def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
         results = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
-        return _backward(function, {**options, **results, "deterministic": deterministic})
+        arguments = {**options, **results, "deterministic": deterministic}
+        return _backward(f"{function}'s pullback", arguments)
 
     return ((out, lse) if return_lse else out), pullback
 

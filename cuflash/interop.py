@@ -7,6 +7,7 @@ Arrays are shared, not copied, and what runs on a GPU is in order with the calle
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -88,10 +89,29 @@ def receive(function: str, required: Sequence[str], arguments: Mapping[str, Any]
             f"cuflash.{function}: out is a {framework.kind}, which cannot be written; "
             "expected no out"
         )
+    if place != "cpu":
+        _check_driver(function, required[0], framework, place)
     with framework.context(place):
         for name, source in sources.items():
             received[name] = _share(function, name, source, received[name])
         yield Call(received, "cpu" if place == "cpu" else "cuda", framework, like, host_lengths)
+
+
+def warn_of_lost_gradients(function: str, arguments: Mapping[str, Any], stacklevel: int) -> None:
+    """Warn where torch records for a gradient: the result carries none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_grad_enabled():
+        return
+    for name, x in arguments.items():
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            warnings.warn(
+                f"cuflash.{function}: {name} requires grad, which the result does not carry on; "
+                "expected a call under torch.no_grad(), or in a torch.autograd.Function, "
+                "as the README wraps attention_vjp",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+            return
 
 
 class Framework(Protocol):
@@ -212,11 +232,21 @@ class _Jax:
     def give(self, array: Array, like: Foreign) -> Foreign:
         jax = sys.modules["jax"]
         if isinstance(array, np.ndarray):
-            return jax.device_put(array, *like.devices())
+            with _x64(jax) if array.dtype == np.float64 else nullcontext():
+                return jax.device_put(array, *like.devices())
         return jax.dlpack.from_dlpack(array)
 
     def context(self, place: str) -> AbstractContextManager[Any]:
         return nullcontext() if place == "cpu" else _finished_on(place)
+
+
+def _x64(jax: ModuleType) -> AbstractContextManager[Any]:
+    """Where JAX makes 64-bit arrays: elsewhere it makes 32-bit ones of them, silently."""
+    if hasattr(jax, "enable_x64"):  # from 0.8 on
+        return jax.enable_x64(True)
+    from jax.experimental import enable_x64
+
+    return enable_x64()
 
 
 class _DLPack:
@@ -260,7 +290,10 @@ _FRAMEWORKS: dict[tuple[str, str], Framework] = {  # by package and name of the 
 }
 _REFUSED = {
     ("numpy", "MaskedArray"): "expected a plain array; mask= and kv_lens= say what is not seen",
-    ("jax", "Tracer"): "expected a concrete array; jax.pure_callback brings one out of a jit",
+    ("jax", "Tracer"): (
+        "expected a concrete array; jax.custom_vjp lets JAX differentiate the call, and "
+        "jax.pure_callback brings arrays out of a jit, as the README has it"
+    ),
 }
 
 
@@ -309,6 +342,28 @@ def _check_home(
         f"cuflash.{function}: {first} is a {home[0].kind} on {home[1]}, "
         f"{name} is a {found[0].kind} on {found[1]}; expected one kind on one device"
     )
+
+
+def _check_driver(function: str, name: str, framework: Framework, place: str) -> None:
+    """Fail with a message of our own where CuPy cannot use the GPU that an array is on."""
+    fault = _driver_fault(_ordinal(place))
+    if fault:
+        raise RuntimeError(
+            f"cuflash.{function}: {name} is a {framework.kind} on {place}, "
+            f"which CuPy {_cupy().__version__} cannot use: {fault}"
+        )
+
+
+@cache
+def _driver_fault(ordinal: int) -> str:
+    """Why CuPy cannot use the GPU of this number, and what it needs; empty where it can."""
+    runtime = _cupy().cuda.runtime
+    try:
+        count = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        major = runtime.runtimeGetVersion() // 1000
+        return f"{error}; expected an NVIDIA driver of CUDA {major} or newer"
+    return "" if ordinal < count else f"it sees {count} GPUs; expected at least {ordinal + 1}"
 
 
 def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cuflash._checks import check_partials
-from cuflash.interop import receive
+from cuflash.interop import receive, warn_of_lost_gradients
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__
 
@@ -62,7 +62,9 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
             "expected the same number, at least 1"
         )
     names = [f"outs[{i}]" for i in range(len(outs))] + [f"lses[{i}]" for i in range(len(lses))]
-    with receive("merge", names, dict(zip(names, outs + lses, strict=True))) as call:
+    arguments = dict(zip(names, outs + lses, strict=True))
+    warn_of_lost_gradients("merge", arguments, stacklevel=3)
+    with receive("merge", names, arguments) as call:
         arrays = [call.arguments[name] for name in names]
         outs, lses = arrays[: len(outs)], arrays[len(outs) :]
         check_partials("merge", call.device, outs, lses)

@@ -228,16 +228,58 @@ def test_out_of_an_old_vendor_is_read_only() -> None:
 # torch
 
 
-def test_a_tensor_that_requires_grad_is_detached() -> None:
+NO_GRADIENT = "requires grad, which the result does not carry on; .* attention_vjp"
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
+def test_a_gradient_that_torch_would_lose_is_warned_of(name: str) -> None:
     torch = torch_kind()
-    q, k, v = (torch.make(x).requires_grad_() for x in tensors().values())
-    assert not cuflash.attention(q, k, v).requires_grad
+    arrays = {n: torch.make(x) for n, x in {**tensors(), "bias": np.zeros((SQ, SK), "f")}.items()}
+    arrays[name].requires_grad_()
+    with pytest.warns(UserWarning, match=f"^cuflash.attention: {name} {NO_GRADIENT}") as caught:
+        assert not cuflash.attention(**arrays).requires_grad
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_merge_warns_of_a_gradient_that_torch_would_lose() -> None:
+    torch = torch_kind()
+    out, lse = torch.make(np.zeros(OUT)), torch.make(np.zeros(LSE)).requires_grad_()
+    with pytest.warns(UserWarning, match=rf"^cuflash.merge: lses\[0\] {NO_GRADIENT}") as caught:
+        cuflash.merge([out], [lse])
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_gradient_is_lost_where_none_is_asked_for() -> None:
+    torch = pytest.importorskip("torch")
+    arrays = [torch_kind().make(x) for x in tensors().values()]
+    cuflash.attention(*arrays)
+    q, k, v = (x.requires_grad_() for x in arrays)
+    with torch.no_grad():
+        out, lse = cuflash.attention(q, k, v, return_lse=True)
+        cuflash.merge([out], [lse])
+    with torch.inference_mode():
+        cuflash.attention(q, k, v)
+    _, pullback = cuflash.attention_vjp(q, k, v)
+    pullback(out)
+    cuflash.attention_backward(out, q, k, v, out, lse)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_torch_compile_leaves_the_call_alone(requires_grad: bool) -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = (torch_kind().make(x).requires_grad_(requires_grad) for x in tensors().values())
+    twice = torch.compile(lambda q, k, v: 2 * cuflash.attention(2 * q, k, v), backend="eager")
+    expected = 2 * cuflash.attention(2 * q, k, v)
+    assert torch.equal(twice(q, k, v), expected)
 
 
 def test_a_parameter_is_a_tensor() -> None:
     torch = pytest.importorskip("torch")
     q, k, v = (torch.nn.Parameter(torch_kind().make(x)) for x in tensors().values())
-    assert type(cuflash.attention(q, k, v)) is torch.Tensor
+    with torch.no_grad():
+        assert type(cuflash.attention(q, k, v)) is torch.Tensor
 
 
 def test_an_unknown_device() -> None:
@@ -261,9 +303,26 @@ def test_a_tensor_that_cannot_be_shared() -> None:
 def test_a_tracer_is_refused() -> None:
     jax = pytest.importorskip("jax")
     q, k, v = map(jax_kind().make, tensors().values())
-    message = "q is a jax.*Tracer; expected a concrete array; jax.pure_callback brings one out"
+    message = (
+        "q is a jax.*Tracer; expected a concrete array; jax.custom_vjp lets JAX differentiate the "
+        "call, and jax.pure_callback brings arrays out of a jit, as the README has it"
+    )
     with pytest.raises(TypeError, match=message):
         jax.jit(cuflash.attention)(q, k, v)
+    with pytest.raises(TypeError, match=message):
+        jax.grad(lambda q: cuflash.attention(q, k, v).sum())(q)
+
+
+def test_float64_of_jax_stays_float64() -> None:
+    jax = pytest.importorskip("jax")
+    inputs = tensors(np.float64)
+    with interop._x64(jax):
+        q, k, v = map(jax.numpy.asarray, inputs.values())
+    assert not jax.config.jax_enable_x64
+    (out, lse), pullback = cuflash.attention_vjp(q, k, v, return_lse=True)
+    assert {x.dtype for x in (out, lse, *pullback(out)[:3])} == {np.dtype(np.float64)}
+    check_close(out, reference.attention(**inputs)[0], np.float64)
+    assert jax.numpy.asarray(1.0).dtype == np.float32  # elsewhere JAX is as it was
 
 
 def test_pure_callback_reaches_cuflash_from_inside_jit() -> None:
@@ -444,6 +503,6 @@ def test_mixed_kinds(name: str) -> None:
 
 def test_mixed_kinds_in_the_pullback() -> None:
     out, pullback = cuflash.attention_vjp(**tensors())
-    message = "cuflash.attention_vjp: q is a numpy.ndarray on cpu, dout is a torch.Tensor on cpu"
+    message = "cuflash.attention_vjp's pullback: q is a numpy.ndarray on cpu, dout is a torch.Ten"
     with pytest.raises(TypeError, match=message):
         pullback(torch_kind().make(out))

@@ -77,6 +77,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     pytest.importorskip("cupy")
     fake = FakeGpu()
     monkeypatch.setattr(interop, "_cupy", lambda: fake)
+    monkeypatch.setattr(interop, "_driver_fault", lambda ordinal: "")
     attention = importlib.import_module("cuflash.attention")
     monkeypatch.setattr(attention, "_backend", lambda device: {"cuda": fake}[device])
     return fake
@@ -134,6 +135,7 @@ def test_torch_runs_on_its_current_stream(gpu: FakeGpu, monkeypatch: pytest.Monk
             current_stream=lambda number: SimpleNamespace(cuda_stream=64 + number)
         ),
         from_dlpack=lambda array: f"torch {array}",
+        is_grad_enabled=lambda: False,
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert cuflash.attention(*map(Tensor, unreal_tensors().values())) == "torch out"
@@ -210,6 +212,50 @@ def test_gpu_arrays_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match="cuflash needs CuPy for arrays on a GPU: pip install"):
         cuflash.attention(x, x, x)
     interop._cupy.cache_clear()
+
+
+class BrokenCupy:
+    """CuPy where the driver serves no GPU, or another number of them."""
+
+    __version__ = "14.0"
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self, gpus: int) -> None:
+        self.gpus = gpus
+        self.cuda = SimpleNamespace(runtime=self)
+
+    def getDeviceCount(self) -> int:
+        if not self.gpus:
+            raise self.CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version")
+        return self.gpus
+
+    def runtimeGetVersion(self) -> int:
+        return 13020
+
+
+@pytest.mark.parametrize(
+    ("gpus", "fault"),
+    [
+        (
+            0,
+            "cudaErrorInsufficientDriver: CUDA driver version; "
+            "expected an NVIDIA driver of CUDA 13 or newer",
+        ),
+        (1, "it sees 1 GPUs; expected at least 2"),
+        (2, ""),
+    ],
+)
+def test_a_gpu_that_cupy_cannot_use(monkeypatch: Any, gpus: int, fault: str) -> None:
+    monkeypatch.setattr(interop, "_cupy", lambda: BrokenCupy(gpus))
+    interop._driver_fault.cache_clear()
+    assert interop._driver_fault(1) == fault
+    if fault:
+        found = "q is a cupy.ndarray on cuda:1, which CuPy 14.0 cannot use"
+        with pytest.raises(RuntimeError, match=f"^cuflash.attention: {found}: {fault}$"):
+            cuflash.attention(**unreal_tensors(device=1))
+    interop._driver_fault.cache_clear()
 
 
 def test_arrays_on_two_gpus(gpu: FakeGpu) -> None:

@@ -196,7 +196,7 @@ def test_errors_name_the_function_that_was_called() -> None:
     with pytest.raises(TypeError, match="^cuflash.attention_vjp: scale is 'x'"):
         cuflash.attention_vjp(x, x, x, scale="x")
     _, pullback = cuflash.attention_vjp(x, x, x)
-    with pytest.raises(ValueError, match="^cuflash.attention_vjp: dout has shape"):
+    with pytest.raises(ValueError, match="^cuflash.attention_vjp's pullback: dout has shape"):
         pullback(x[:, 1:])
     with pytest.raises(ValueError, match="^cuflash.attention_backward: dout has shape"):
         cuflash.attention_backward(x[:, 1:], x, x, x, x, np.zeros((1, 2, 6)))
