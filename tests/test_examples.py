@@ -62,6 +62,47 @@ def test_quickstart_agrees_with_the_reference(example, monkeypatch, capsys):
     assert taken < scores
 
 
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_gradients_are_those_of_the_library_itself(example, capsys, library):
+    pytest.importorskip(library)
+    example(f"{library}_attention").main()
+    printed = capsys.readouterr().out
+    errors = re.findall(r"(out|dq|dk|dv) +(\S+e\S+)", printed)
+    assert {name for name, _ in errors} == {"out", "dq", "dk", "dv"}
+    assert all(float(error) <= 2e-5 for _, error in errors), printed
+
+
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_the_readme_wraps_attention_as_the_example_does(library):
+    readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    source = (CHECKOUT / "examples" / f"{library}_attention.py").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (block,) = [block for block in blocks if f"{library}." in block and "def backward" in block]
+    assert block in source
+
+
+def test_a_second_derivative_of_the_torch_example_is_refused(example):
+    torch = pytest.importorskip("torch")
+    x = torch.ones(1, 3, 2, 4, requires_grad=True)
+    out = example("torch_attention").attention(x, x, x)
+    (gradient,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("wrap", ["vmap", "jit of vmap"])
+def test_the_jax_example_within_vmap(example, wrap):
+    jax = pytest.importorskip("jax")
+    attention = example("jax_attention").attention_of(causal=True, softcap=2.0)
+    x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((2, 1, 5, 2, 4)), "bfloat16")
+    gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype("float32").sum())
+    mapped = jax.vmap(gradient) if wrap == "vmap" else jax.jit(jax.vmap(gradient))
+    found = mapped(x, x, x)
+    assert found.dtype == x.dtype
+    for i in range(2):
+        np.testing.assert_array_equal(found[i], gradient(x[i], x[i], x[i]))
+
+
 def test_the_gradients_of_the_model_are_those_of_finite_differences(char_gpt, tiny):
     rng = np.random.default_rng(0)
     weights = {
