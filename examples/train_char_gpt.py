@@ -287,6 +287,7 @@ def train(
                 loss = float(sum(part_losses)) / workers
                 losses.append(held_out_loss(weights, config, held_out, pool))
                 bar.write(f"step {bar.n:4}  trained {loss:.3f}  held out {losses[-1]:.3f}")
+        bar.total = bar.n  # where the time was over before the steps, the bar ends full too
     return weights, losses
 
 

@@ -165,6 +165,9 @@ def test_training_ends_by_its_time(char_gpt, capsys):
     alphabet, training, held_out = char_gpt.read_text()
     config = char_gpt.Config(len(alphabet), context=8, channels=8, heads=1, layers=1, batch=1)
     char_gpt.train(config, training, held_out[:100], steps=10**9, seconds=0.2, seed=0)
+    last = capsys.readouterr().err.rstrip().rpartition("\r")[2]
+    steps, of = re.search(r"(\d+)/(\d+) ", last).groups()
+    assert last.startswith("100%") and int(steps) == int(of) > 0
 
 
 def test_the_held_out_text_is_not_trained_on(char_gpt):
