@@ -13,12 +13,14 @@ from emulator import Stats, guarded, load, tensor_map
 
 pytest.importorskip("triton")
 kernels = pytest.importorskip("emulator_triton_kernels")
+attention = pytest.importorskip("cuflash.cli.triton_kernels")
 
 pytestmark = [
     pytest.mark.triton,
     pytest.mark.skipif(not shutil.which("g++"), reason="the emulator needs g++"),
 ]
 
+LOG2_E = math.log2(math.e)
 SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0)]
 SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle → bytes
 TRITON_DTYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
@@ -262,10 +264,10 @@ def check_forward(case: Attention) -> None:
     q, k, v = (oracle.random_tensor(shape, case.dtype, rng) for _ in range(3))
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{case.dtype}")
     signature |= {"lse_ptr": "*fp32", "scale_log2": "fp32"}
-    compiled = compile_attention(kernels.attention_forward, signature, case)
+    compiled = compile_attention(attention.attention_forward, signature, case)
 
     expected = oracle.forward(q, k, v, case.causal, case.dtype)
-    scale_log2 = np.float32(kernels.LOG2_E / math.sqrt(case.head_dim))
+    scale_log2 = np.float32(LOG2_E / math.sqrt(case.head_dim))
     sizes = [np.int32(size) for size in (seqlen, heads, heads * case.head_dim)]
     grid = (-(-seqlen // case.block[0]), batch * heads, 1)
     for schedule in SCHEDULES:
@@ -274,8 +276,26 @@ def check_forward(case: Attention) -> None:
         arrays = [q, k, v, out, lse]
         stats = launch(compiled, grid, [*arrays, scale_log2, *sizes], arrays, schedule)
         oracle.assert_within(out, expected.out, expected.out_tolerance)
-        oracle.assert_within(lse, expected.lse, expected.lse_tolerance)
+        oracle.assert_within(lse / LOG2_E, expected.lse, expected.lse_tolerance)
         assert (stats.wgmma if case.arch == 90 else stats.mma) > 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_attention_delta(arch: int) -> None:
+    shape, rows = (2, 70, 3, 64), 32  # (B, S, H, D), and of a program
+    rng = np.random.default_rng(0)
+    out, dout = (oracle.random_tensor(shape, "bf16", rng) for _ in range(2))
+    signature = {"out_ptr": "*bf16", "dout_ptr": "*bf16", "delta_ptr": "*fp32"}
+    signature |= dict.fromkeys(("seqlen", "heads", "row_stride"), "i32")
+    constants = {"BLOCK_Q": rows, "HEAD_DIM": shape[3]}
+    compiled = kernels.compile_ptx(attention.attention_delta, signature, constants, arch)
+    expected = (out.astype(np.float64) * dout.astype(np.float64)).sum(axis=3).swapaxes(1, 2)
+    for schedule in SCHEDULES:
+        delta = guarded(expected.shape, np.float32, fill=np.nan)
+        sizes = [np.int32(size) for size in (shape[1], shape[2], shape[2] * shape[3])]
+        arrays = [out, dout, delta]
+        launch(compiled, (-(-shape[1] // rows), 6, 1), [*arrays, *sizes], arrays, schedule)
+        oracle.assert_within(delta, expected, 1e-5)
 
 
 def check_backward(case: Attention) -> None:
@@ -285,21 +305,21 @@ def check_backward(case: Attention) -> None:
     q, k, v, dout = (oracle.random_tensor(shape, case.dtype, rng) for _ in range(4))
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "dout_ptr"), f"*{case.dtype}")
     outputs = ("dq_ptr", "dk_ptr", "dv_ptr")
-    signature |= dict.fromkeys(("lse_log2_ptr", "delta_ptr", *outputs), "*fp32")
+    signature |= dict.fromkeys(("lse_ptr", "delta_ptr", *outputs), "*fp32")
     signature |= dict.fromkeys(("scale", "scale_log2"), "fp32")
-    compiled = compile_attention(kernels.attention_backward, signature, case)
+    compiled = compile_attention(attention.attention_backward, signature, case)
 
     expected = oracle.backward(q, k, v, dout, case.causal, case.dtype)
-    lse_log2 = (expected.lse * kernels.LOG2_E).astype(np.float32)
+    lse = (expected.lse * LOG2_E).astype(np.float32)
     delta = expected.delta.astype(np.float32)
     scale = 1.0 / math.sqrt(case.head_dim)
-    scalars = [np.float32(scale), np.float32(scale * kernels.LOG2_E)]
+    scalars = [np.float32(scale), np.float32(scale * LOG2_E)]
     scalars += [np.int32(size) for size in (seqlen, heads, heads * case.head_dim)]
     grid = (-(-seqlen // case.block[1]), batch * heads, 1)
     for schedule in SCHEDULES:
         dq = guarded(shape, np.float32, fill=0.0)  # summed by atomics
         dk, dv = (guarded(shape, np.float32, fill=np.nan) for _ in range(2))
-        arrays = [q, k, v, dout, lse_log2, delta, dq, dk, dv]
+        arrays = [q, k, v, dout, lse, delta, dq, dk, dv]
         stats = launch(compiled, grid, [*arrays, *scalars], arrays, schedule)
         oracle.assert_within(dq, expected.dq, expected.dq_tolerance)
         oracle.assert_within(dk, expected.dk, expected.dk_tolerance)

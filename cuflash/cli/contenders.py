@@ -69,6 +69,7 @@ def gpu_contenders(cupy: Any) -> dict[str, Factory]:
         "torch efficient": partial(_torch_sdpa, clock, "EFFICIENT_ATTENTION"),
         "torch flex": partial(_torch_flex, clock),
         "jax cudnn": partial(_jax_cudnn, wait_for_all),
+        "triton": partial(_triton, clock),
     }
 
 
@@ -177,3 +178,9 @@ def _jax_cudnn(wait_for_all: Callable[[], None], cell: Cell, inputs: Inputs) -> 
         return Contender(partial(jax.jit(attention), q, k, v), clock)
     _, pullback = jax.vjp(attention, q, k, v)
     return Contender(partial(jax.jit(lambda pull, g: pull(g)), pullback, dout), clock)
+
+
+def _triton(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    from cuflash.cli import triton_peer  # needs Triton and torch
+
+    return triton_peer.contender(clock, cell, inputs)
