@@ -294,7 +294,7 @@ DOUBLE = Case(
 
 def test_the_textbook_in_float64_is_the_reference():
     arrays = DOUBLE.arrays()
-    out, gradients = oracle.textbook(*arrays, DOUBLE.options)
+    out, gradients = oracle.textbook(arrays, DOUBLE.options)
     q, k, v, dout, dlse = arrays
     exact_out, _ = reference.attention(q, k, v, **DOUBLE.options)
     exact = reference.attention_backward(dout, q, k, v, dlse=dlse, **DOUBLE.options)
@@ -306,8 +306,8 @@ def test_the_textbook_in_float64_is_the_reference():
 
 def test_a_bound_takes_one_rounding_and_no_more_than_twice_the_textbooks_error():
     arrays = SMALL.arrays()
-    bounds = oracle.expect(*arrays, SMALL.options)
-    textbook, _ = oracle.textbook(*arrays, SMALL.options)
+    bounds = oracle.expect(arrays, SMALL.options)
+    textbook, _ = oracle.textbook(arrays, SMALL.options)
     bound = bounds["out"]
     assert bound.error(bound.exact.astype(BFLOAT16)) == 0
     assert 0 < bound.error(textbook) <= bound.allowed

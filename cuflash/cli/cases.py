@@ -23,7 +23,7 @@ class Arrays(NamedTuple):
     k: np.ndarray  # (B, Sk, Hk, D)
     v: np.ndarray  # (B, Sk, Hk, Dv)
     dout: np.ndarray  # (B, Sq, Hq, Dv)
-    dlse: np.ndarray  # (B, Hq, Sq)
+    dlse: np.ndarray | None  # (B, Hq, Sq)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def check(case: Case, xp: Any) -> tuple[list[str], str]:
         again = _run(case, xp, arrays)
     except Exception as error:  # whatever it is, the other problems are still to be checked
         return [f"{type(error).__name__}: {error}".splitlines()[0]], ""
-    bounds = expect(*arrays, case.options)
+    bounds = expect(arrays, case.options)
     errors = {name: bound.error(found[name]) for name, bound in bounds.items()}
     faults = [
         f"{name} is off by {error:.2g}, allowed {bounds[name].allowed:.2g}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from cuflash import reference
 from cuflash._problem import Gradients
+from cuflash.cli.cases import Arrays
 
 FLOAT32_RESIDUE = 2e-5  # of sums of products of standard normal numbers, in absolute terms
 LSE_TOLERANCE = 1e-5  # lse is float32 throughout; relative where it is over 1
@@ -39,18 +40,12 @@ class Bound:
         return float(np.where(same, 0.0, deviation).max(initial=0.0))
 
 
-def expect(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    dout: np.ndarray,
-    dlse: np.ndarray | None,
-    options: dict[str, Any],
-) -> dict[str, Bound]:
+def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
     """Bounds of out, lse, dq, dk and dv, by name; `options` are those of cuflash.reference."""
+    q, k, v, dout, dlse = arrays
     out, lse = reference.attention(q, k, v, **options)
     gradients = reference.attention_backward(dout, q, k, v, dlse=dlse, **options)
-    textbook_out, textbook_gradients = textbook(q, k, v, dout, dlse, options)
+    textbook_out, textbook_gradients = textbook(arrays, options)
     largest_lse = np.abs(lse[np.isfinite(lse)]).max(initial=1.0)
     bounds = {
         "out": _bound(out, textbook_out, q.dtype),
@@ -62,19 +57,13 @@ def expect(
     return bounds
 
 
-def textbook(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    dout: np.ndarray,
-    dlse: np.ndarray | None,
-    options: dict[str, Any],
-) -> tuple[np.ndarray, Gradients]:
+def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradients]:
     """The reference's formulas, each matrix between two products rounded to the inputs' dtype."""
 
     def rounded(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype).astype(np.float64)
 
+    q, k, v, dout, dlse = arrays
     dtype, group = q.dtype, reference._group(q, k)
     visible = reference._visible(q, k, *(options.get(name) for name in VISIBILITY))
     scale = reference._scale(options.get("scale"), q)
