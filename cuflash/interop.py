@@ -103,7 +103,7 @@ def warn_of_lost_gradients(function: str, arguments: Mapping[str, Any], stacklev
     if torch is None or not torch.is_grad_enabled():
         return
     for name, x in arguments.items():
-        if isinstance(x, torch.Tensor) and x.requires_grad:
+        if getattr(x, "requires_grad", False) and isinstance(x, torch.Tensor):
             warnings.warn(
                 f"cuflash.{function}: {name} requires grad, which the result does not carry on; "
                 "expected a call under torch.no_grad(), or in a torch.autograd.Function, "
