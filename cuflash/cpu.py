@@ -28,21 +28,21 @@ from cuflash._arrays import (
     LN_2,
     LOG2_E,
     Scratch,
+    empty_like,
     exp2,
     hide,
     in_units_of_log2,
     packed,
     product,
     transposed,
-    zeros_like,
 )
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._threads import for_each
 from cuflash._tiles import Band, blocks, visible_tiles
 
-# Rows and keys of a tile, whose scores fit a core's L2 cache: half a MiB of float32. Where rows see
-# a band of keys, fewer rows waste less of its edges.
-TILE = (512, 256)
+# Rows and keys of a tile: scores that a core's L2 cache holds, a MiB of float32, in few steps of
+# Python. Where rows see a band of keys, fewer rows waste less of its edges.
+TILE = (512, 512)
 TILE_OF_BAND = (256, 512)
 
 # Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
@@ -55,7 +55,7 @@ LARGEST_SUM = 2.0**24
 def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Attention's (out, lse)."""
     out = problem.out
-    out = zeros_like(problem.q, problem.head_dim_v) if out is None else out
+    out = empty_like(problem.q, problem.head_dim_v) if out is None else out
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
     if not lse.size:
         return out, lse
@@ -87,13 +87,22 @@ def backward(gradient: GradientProblem) -> Gradients:
         return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
     work = _Work(problem)
     sums = _GradientSums(work)
+    loaded: dict[tuple[int, int], list[_RowBlock]] = {}
+
+    def load(item: _Item) -> list[_RowBlock]:
+        rows = blocks(slice(0, item.band.rows), work.tile_rows)
+        with np.errstate(all="ignore"):
+            return [_RowBlock.load(item, gradient, some) for some in rows]
 
     def differentiate(task: tuple[int, list[_Item]]) -> None:
         split, family = task
         with np.errstate(all="ignore"):
             for item in family:
-                _differentiate(item, gradient, sums, split)
+                row_blocks = loaded[item.start] if loaded else load(item)
+                _differentiate(item, row_blocks, sums, split)
 
+    if sums.splits > 1:  # they read the same rows
+        for_each(lambda item: loaded.update({item.start: load(item)}), work.items())
     families = work.families()
     for_each(differentiate, [(split, one) for split in range(sums.splits) for one in families])
     with np.errstate(all="ignore"):
@@ -124,7 +133,7 @@ class _OnlineSoftmax:
         self.query = query  # (heads, group * rows, D), scaled
         self.numerator = np.zeros((heads, rows, work.problem.head_dim_v), work.dtype)
         self.denominator = np.zeros((heads, rows), work.dtype)
-        self.reference = np.zeros((heads, rows), work.dtype)
+        self.reference: np.ndarray | None = None  # 0 for every row
 
     def step(self, tile: _Tile) -> None:
         """Attend to one more tile of keys."""
@@ -142,7 +151,7 @@ class _OnlineSoftmax:
     def scores(self, tile: _Tile) -> np.ndarray:
         """(heads, group * rows, keys), less the reference of each row."""
         scores = _scores(self.work, self.query, tile.key, tile.bias)
-        if self.reference.any():
+        if self.reference is not None:
             scores -= self.reference[..., None]
         return scores
 
@@ -162,35 +171,38 @@ class _OnlineSoftmax:
         rise = np.where(seen, np.maximum(top, 0), top)
         rise[rise == -np.inf] = 0  # a row that has seen nothing yet
         scores -= rise[..., None]
-        self.reference += rise
+        self.reference = rise if self.reference is None else self.reference + rise
         factor = np.where(seen, np.exp2(-rise), 0)
         self.numerator *= factor[..., None]
         self.denominator *= factor
 
     def write(self, out: np.ndarray, lse: np.ndarray) -> None:
         """Finish: out (heads, group, rows, Dv) and lse (heads, group, rows)."""
-        divisor = np.where(self.denominator == 0, 1, self.denominator).reshape(lse.shape)
+        log_sum = np.log2(self.denominator)
+        if self.reference is not None:
+            log_sum += self.reference
+        np.multiply(log_sum.reshape(lse.shape), LN_2, out=lse)
+        divisor = np.maximum(self.denominator, 1 / LARGEST_SUM).reshape(lse.shape)
         numerator = self.numerator.reshape(out.shape)
         np.divide(numerator, divisor[..., None], out=out, casting="same_kind")
-        lse[...] = (LN_2 * (self.reference + np.log2(self.denominator))).reshape(lse.shape)
 
 
-def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, split: int) -> None:
+def _differentiate(
+    item: _Item, row_blocks: list[_RowBlock], sums: _GradientSums, split: int
+) -> None:
     """Add what every `splits`-th block of keys contributes to the gradients of some heads."""
     work, band = item.work, item.band
-    every_row = slice(0, band.rows)
-    row_blocks = [
-        _RowBlock.load(item, gradient, rows) for rows in blocks(every_row, work.tile_rows)
-    ]
+    dqueries = [np.zeros(block.query[..., :-1].shape, work.dtype) for block in row_blocks]
     for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
         key, value = item.keys_and_values(keys)
         dkey, dvalue = np.zeros_like(key), np.zeros_like(value)
         key, value = (packed(x[:, None], work.dtype, columns=1) for x in (key, value))
-        for rows, seen in visible_tiles(band, every_row, keys, work.tile_rows):
+        for rows, seen in visible_tiles(band, slice(0, band.rows), keys, work.tile_rows):
             tile = item.tile(rows, seen, keys, key, value)
             if tile is None:
                 continue
-            block = row_blocks[rows.start // work.tile_rows]
+            index = rows.start // work.tile_rows
+            block = row_blocks[index]
             probs, dscores, slope = block.differentiate_softmax(work, tile)
             sums.add_bias(item, rows, seen, split, dscores)
             if slope is not None:
@@ -199,12 +211,12 @@ def _differentiate(item: _Item, gradient: GradientProblem, sums: _GradientSums, 
             hidden_t = transposed(tile.hidden)
             dvalue[part] += product(transposed(probs), block.dout[..., :-1], hidden_t)
             dkey[part] += product(transposed(dscores), block.query[..., :-1], hidden_t)
-            block.dquery[...] += product(dscores, tile.key[..., :-1], tile.hidden)
-        sums.dk[item.index][:, 0, keys] = dkey * LN_2
+            dqueries[index] += product(dscores, tile.key[..., :-1], tile.hidden)
+        np.multiply(dkey, LN_2, out=sums.dk[item.index][:, 0, keys], casting="same_kind")
         sums.dv[item.index][:, 0, keys] = dvalue
-    for block in row_blocks:
+    for block, dquery in zip(row_blocks, dqueries, strict=True):
         target = sums.dq[split][item.index][:, :, block.rows]
-        dquery = block.dquery.reshape(target.shape)
+        dquery = dquery.reshape(target.shape)
         np.multiply(dquery, work.problem.scale, out=target, casting="same_kind")
 
 
@@ -215,7 +227,6 @@ class _RowBlock:
     rows: slice
     query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -lse
     dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta
-    dquery: np.ndarray  # (heads, group * rows, D), to be scaled
 
     @classmethod
     def load(cls, item: _Item, gradient: GradientProblem, rows: slice) -> _RowBlock:
@@ -236,10 +247,9 @@ class _RowBlock:
         delta = np.vecdot(out, dout)
         if gradient.dlse is not None:
             delta -= some(work.rows_by_key_head(gradient.dlse))
-        dquery = np.zeros((*query.shape[:2], query.shape[2] - 1), work.dtype)
         dout = packed(dout, work.dtype, columns=1)
         dout[..., -1] = -delta.reshape(dout.shape[:2])
-        return cls(rows, query, dout, dquery)
+        return cls(rows, query, dout)
 
     def differentiate_softmax(
         self, work: _Work, tile: _Tile
@@ -256,10 +266,10 @@ class _RowBlock:
         probs = hide(exp2(scores), tile.hidden, 0)
         dscores = work.scratch.array(1, shape)
         np.matmul(self.dout, transposed(tile.value), out=dscores)
-        dscores *= probs
-        if slope is not None:
-            hide(slope, tile.hidden, 0)
-        return probs, hide(dscores, tile.hidden, 0), slope
+        dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
+        if tile.bias is not None:
+            hide(dscores, tile.hidden, 0)  # dbias is no product
+        return probs, dscores, slope
 
 
 class _GradientSums:
@@ -272,9 +282,14 @@ class _GradientSums:
         self.splits = max(1, min(key_blocks, MANY_TASKS // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         dtype = problem.dtype if self.splits == 1 else work.dtype
-        self.dq_copies = [zeros_like(problem.q, dtype=dtype) for _ in range(self.splits)]
+        self.dq_copies = [empty_like(problem.q, dtype=dtype) for _ in range(self.splits)]
         self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
-        self.all_dk, self.all_dv = zeros_like(problem.k), zeros_like(problem.v)
+        self.all_dk, self.all_dv = empty_like(problem.k), empty_like(problem.v)
+        for batch, band in enumerate(work.bands):
+            for x in self.dq_copies:
+                x[batch, band.rows :] = 0
+            for x in (self.all_dk, self.all_dv):
+                x[batch, band.keys :] = 0
         self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
         if problem.bias is not None:
             # Splits have keys of their own, and share dbias only where all keys share a bias.
@@ -390,6 +405,11 @@ class _Item:
     heads: slice
 
     @property
+    def start(self) -> tuple[int, int]:
+        """The batch entry and the first key head: no two items have the same."""
+        return (self.batch, self.heads.start)
+
+    @property
     def index(self) -> tuple[int, slice]:
         """Into arrays by key head."""
         return (self.batch, self.heads)
@@ -400,9 +420,8 @@ class _Item:
 
     def query(self, rows: slice, columns: int = 0) -> np.ndarray:
         """(heads, group * rows, D + columns), scaled."""
-        query = packed(self.work.q[self.index][:, :, rows], self.work.dtype, columns)
-        query *= self.work.scale
-        return query
+        work = self.work
+        return packed(work.q[self.index][:, :, rows], work.dtype, columns, work.scale)
 
     def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
         """(heads, keys, D) and (heads, keys, Dv)."""
@@ -414,16 +433,16 @@ class _Item:
         self, rows: slice, seen: slice, keys: slice, key: np.ndarray, value: np.ndarray
     ) -> _Tile | None:
         """What these rows see of a block of keys, or None if a mask hides all of it."""
-        hidden, bias = self.band.hidden(rows, seen), None
+        hidden, bias, group = self.band.hidden(rows, seen), None, self.work.group
         if self.work.mask is not None:
             masked = ~self.work.mask[self.index][:, :, rows, seen]
             hidden = masked if hidden is None else hidden | masked
             if hidden.all():
                 return None
         if hidden is not None:
-            *heads, count, width = hidden.shape
-            by_head = np.broadcast_to(hidden, (*heads[:-1], self.work.group, count, width))
-            hidden = by_head.reshape(-1, self.work.group * count, width)
+            if hidden.ndim == 2:  # the same for every head
+                hidden = np.concatenate([hidden] * group) if group > 1 else hidden
+            hidden = hidden.reshape(-1, group * (rows.stop - rows.start), hidden.shape[-1])
         if self.work.bias is not None:
             bias = self.work.bias[self.index][:, :, rows, seen]
         part = slice(seen.start - keys.start, seen.stop - keys.start)

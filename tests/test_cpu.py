@@ -321,7 +321,9 @@ NOT_FINITE = [
 ]
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("mask", [False, True], ids=["causal", "causal and mask"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("name, index, value", NOT_FINITE, ids=str)
 def test_what_is_not_finite_stays_with_who_sees_it(
     rng: np.random.Generator,
@@ -329,10 +331,14 @@ def test_what_is_not_finite_stays_with_who_sees_it(
     name: str,
     index: tuple[int, ...],
     value: float,
+    bias: bool,
     mask: bool,
+    softcap: float | None,
 ) -> None:
     arrays = dict(zip(("q", "k", "v", "dout"), tensors(rng), strict=True))
-    options = {"bias": rng.standard_normal((2, 4, 70, 90)), "causal": True}
+    options: dict[str, Any] = {"causal": True, "softcap": softcap}
+    if bias or name == "bias":
+        options["bias"] = rng.standard_normal((2, 4, 70, 90))
     if mask:
         options["mask"] = rng.random((2, 1, 70, 90)) < 0.5
     (options if name == "bias" else arrays)[name][index] = value
