@@ -93,7 +93,9 @@ def attention(
     Returns
     -------
     out : array (B, Sq, Hq, Dv), of q's dtype
-        Accumulated in float32 (float64 for float64). A query that sees no key gets 0.
+        Accumulated in float32 (float64 for float64). A query that sees no key gets 0. In memory
+        without gaps: in the order (B, Hq, Sq, Dv) on the CPU if q's heads lie further apart than
+        its queries, as in a ``x.swapaxes(1, 2)``, else and on a GPU in the order (B, Sq, Hq, Dv).
     lse : array (B, Hq, Sq), float32 (float64 for float64), if `return_lse`
         Natural logarithm of the sum of the exponentials of the row's scores, -inf for a query that
         sees no key: what `attention_backward` and `merge` need.
@@ -174,7 +176,8 @@ def attention_backward(
     -------
     Gradients
         A named tuple: `dq`, `dk`, `dv`, each of its input's shape and dtype, and `dbias`, of bias's
-        shape and dtype (None without a bias). What lies past the valid lengths gets 0.
+        shape and dtype (None without a bias). What lies past the valid lengths gets 0. The order
+        in memory follows each one's input, as that of `attention`'s out follows q.
 
     Raises
     ------
