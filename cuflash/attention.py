@@ -176,8 +176,8 @@ def attention_backward(
     -------
     Gradients
         A named tuple: `dq`, `dk`, `dv`, each of its input's shape and dtype, and `dbias`, of bias's
-        shape and dtype (None without a bias). What lies past the valid lengths gets 0. The order
-        in memory follows each one's input, as that of `attention`'s out follows q.
+        shape and dtype (None without a bias). What lies past the valid lengths gets 0. dq, dk and
+        dv lie in memory in the order of q, k and v, as `attention`'s out in that of q.
 
     Raises
     ------
