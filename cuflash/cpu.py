@@ -59,7 +59,7 @@ def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
     if not lse.size:
         return out, lse
-    work = _Work(problem)
+    work = _Work(problem, splits_rows=True)
     for batch, band in enumerate(work.bands):
         out[batch, band.rows :] = 0
     out_by_head, lse_by_head = work.by_key_head(out), work.rows_by_key_head(lse)
@@ -85,7 +85,7 @@ def backward(gradient: GradientProblem) -> Gradients:
     if not problem.q.size or not problem.k.size:
         inputs = (problem.q, problem.k, problem.v, problem.bias)
         return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
-    work = _Work(problem)
+    work = _Work(problem, splits_rows=False)
     sums = _GradientSums(work)
     loaded: dict[tuple[int, int], list[_RowBlock]] = {}
 
@@ -128,11 +128,10 @@ class _OnlineSoftmax:
     """What a tile of rows has gathered from the keys seen so far."""
 
     def __init__(self, work: _Work, query: np.ndarray) -> None:
-        heads, rows, _ = query.shape
         self.work = work
         self.query = query  # (heads, group * rows, D), scaled
-        self.numerator = np.zeros((heads, rows, work.problem.head_dim_v), work.dtype)
-        self.denominator = np.zeros((heads, rows), work.dtype)
+        self.numerator: np.ndarray | None = None  # (heads, group * rows, Dv), after the first tile
+        self.denominator = np.zeros(query.shape[:2], work.dtype)
         self.reference: np.ndarray | None = None  # 0 for every row
 
     def step(self, tile: _Tile) -> None:
@@ -145,7 +144,11 @@ class _OnlineSoftmax:
             self.raise_reference(scores)
             probs = exp2(scores)
             total = probs @ self.work.ones[: probs.shape[-1]]
-        self.numerator += product(probs, tile.value, tile.hidden)
+        weighted = product(probs, tile.value, tile.hidden)
+        if self.numerator is None:
+            self.numerator = weighted
+        else:
+            self.numerator += weighted
         self.denominator += total
 
     def scores(self, tile: _Tile) -> np.ndarray:
@@ -173,11 +176,15 @@ class _OnlineSoftmax:
         scores -= rise[..., None]
         self.reference = rise if self.reference is None else self.reference + rise
         factor = np.where(seen, np.exp2(-rise), 0)
-        self.numerator *= factor[..., None]
+        if self.numerator is not None:
+            self.numerator *= factor[..., None]
         self.denominator *= factor
 
     def write(self, out: np.ndarray, lse: np.ndarray) -> None:
         """Finish: out (heads, group, rows, Dv) and lse (heads, group, rows)."""
+        if self.numerator is None:
+            out[...] = 0  # and lse is -inf
+            return
         log_sum = np.log2(self.denominator)
         if self.reference is not None:
             log_sum += self.reference
@@ -324,7 +331,7 @@ class _GradientSums:
 class _Work:
     """A problem's arrays by key head, and how they are cut."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, splits_rows: bool) -> None:
         self.problem = problem
         self.dtype = problem.lse_dtype
         self.group = problem.group
@@ -343,9 +350,11 @@ class _Work:
         self.tile_keys = max(1, min(problem.seqlen_k, keys))
         items = problem.batch * problem.heads_k
         tile_size = self.group * self.tile_rows * self.tile_keys
-        self.tile_heads = max(1, min(rows * keys // tile_size, items // MANY_TASKS))
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
-        tasks_of_item = math.ceil(MANY_TASKS / max(1, items))
+        # Several heads to a tile mean less Python, where there are enough tasks without them.
+        tasks = items * tiles if splits_rows else items
+        self.tile_heads = max(1, min(math.prod(TILE) // tile_size, tasks // MANY_TASKS))
+        tasks_of_item = math.ceil(MANY_TASKS * self.tile_heads / max(1, items))
         self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
         self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
         self.ones = np.ones(self.tile_keys, self.dtype)
