@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import cupy
 import numpy as np
@@ -22,6 +23,7 @@ class Gpu:
         self.device = _plan.Device(
             capability=10 * properties["major"] + properties["minor"],
             l2_bytes=properties["l2CacheSize"],
+            sms=properties["multiProcessorCount"],
         )
         self._device_id = device_id
 
@@ -36,6 +38,10 @@ class Gpu:
     def as_contiguous(self, array: Array, dtype: np.dtype) -> Array:
         """The array itself, or a copy in that dtype."""
         return cupy.ascontiguousarray(array, dtype=dtype)
+
+    def encode(self, tensor_map: _params.TensorMap) -> bytes:
+        """A CUtensorMap."""
+        return _encode(tensor_map)
 
     def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
         """Launch on the current stream. The driver copies the parameters before it returns."""
@@ -73,13 +79,49 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
         return out, lse
     problem = _with_device_lengths(problem, on)
 
-    alignment = _params.alignment(problem.q, problem.k, problem.v, out)
-    traits = _plan.Traits.of(problem, alignment)
+    traits = forward_traits(problem, out)
     plan = _plan.forward_plan(traits, on.device.capability)
     heads_per_section = _plan.heads_per_section(problem, on.device)
-    params = _params.pack_forward(problem, out, lse, heads_per_section)
-    on.run(plan.kernel, _query_tiles(problem, plan.block_q), params)
+    if plan.backend == "sm80":
+        params = _params.pack_forward(problem, out, lse, heads_per_section)
+        on.run(plan.kernel, _query_tiles(problem, plan.block_q), params)
+        return out, lse
+    params = _params.pack_forward_sm90(
+        problem,
+        out,
+        lse,
+        heads_per_section * problem.group,
+        _plan.panels(traits),
+        plan.block_kv,
+        on.encode,
+    )
+    tiles = problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.block_q)
+    on.run(plan.kernel, min(tiles, on.device.sms), params)
     return out, lse
+
+
+def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]) -> _plan.Traits:
+    """What selects the kernels of a backward pass into `grads`."""
+    problem = gradient.forward
+    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "dout": gradient.dout}
+    arrays |= {"dk": grads[1], "dv": grads[2]}
+    alignment = _params.alignment(*arrays.values(), gradient.out, grads[0])
+    tma = not _plan.few_queries(problem) and not _params.tma_obstacle(arrays)
+    return _plan.Traits.of(problem, alignment, tma)
+
+
+def _backward_query_tiles(problem: Problem, plan: _plan.BackwardPlan) -> int:
+    if plan.backend == "sm80":
+        return _query_tiles(problem, plan.block_q)
+    return problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.block_q)
+
+
+def forward_traits(problem: Problem, out: Array) -> _plan.Traits:
+    """What selects the kernel of a forward pass into `out`."""
+    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
+    alignment = _params.alignment(*arrays.values())
+    tma = not _plan.few_queries(problem) and not _params.tma_obstacle(arrays)
+    return _plan.Traits.of(problem, alignment, tma)
 
 
 def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
@@ -93,23 +135,54 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     problem = _with_device_lengths(problem, on)
     gradient = _with_contiguous_stats(gradient, problem, on)
 
-    alignment = _params.alignment(q, k, v, gradient.out, gradient.dout, *grads)
-    traits = _plan.Traits.of(problem, alignment)
+    traits = backward_traits(gradient, grads)
     plan = _plan.backward_plan(traits, on.device.capability, gradient.deterministic)
-    query_tiles = _query_tiles(problem, plan.block_q)
+    query_tiles = _backward_query_tiles(problem, plan)
     rows = query_tiles * plan.block_q
     workspace = (
         on.empty((rows,), np.float32),
         on.empty((rows,), np.float32),
-        on.empty((rows * traits.head_dim,), np.float32),
+        on.empty((rows * plan.head_dim,), np.float32),
         on.empty((1 + query_tiles,), np.uint32),
     )
-    params = _params.pack_backward(gradient, grads, workspace)
+    params = main_params = _params.pack_backward(gradient, grads, workspace)
+    if plan.backend == "sm90":
+        tile, key_panel = (plan.block_q, plan.block_kv), _plan.key_panel_sm90(plan)
+        main_params = _params.pack_backward_sm90(
+            gradient, grads, params, tile, key_panel, on.encode
+        )
     key_tiles = problem.batch * problem.heads_k * -(-problem.seqlen_k // plan.block_kv)
     on.run(plan.prep, query_tiles, params)
-    on.run(plan.main, key_tiles, params)
+    on.run(plan.main, key_tiles, main_params)
     on.run(plan.post, query_tiles, params)
     return Gradients(*grads)
+
+
+@lru_cache(maxsize=4096)
+def _encode(tensor_map: _params.TensorMap) -> bytes:
+    """A CUtensorMap, by the driver."""
+    # At first use: the CPU backend and older GPUs do without it.
+    from cuda.bindings import driver as cu
+
+    swizzles = cu.CUtensorMapSwizzle
+    swizzle = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B, 128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B}
+    rank = len(tensor_map.extents)
+    error, encoded = cu.cuTensorMapEncodeTiled(
+        cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+        rank,
+        tensor_map.address,
+        [cu.cuuint64_t(extent) for extent in tensor_map.extents],
+        [cu.cuuint64_t(stride) for stride in tensor_map.strides],
+        [cu.cuuint32_t(extent) for extent in tensor_map.box],
+        [cu.cuuint32_t(1)] * rank,
+        cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle[tensor_map.swizzle_bytes],
+        cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if error != cu.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuflash: the driver refuses {tensor_map}: {error.name}")
+    return struct.pack("16Q", *(int(word) for word in encoded.opaque))
 
 
 def _query_tiles(problem: Problem, block_q: int) -> int:

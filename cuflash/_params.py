@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuflash._overlap import address
 from cuflash._problem import Array, GradientProblem, Problem
@@ -13,12 +14,35 @@ _PROBLEM = "3Q3q6iIi2i4f"
 _TENSOR = "Q3q"
 _FORWARD = Struct(_PROBLEM + 4 * _TENSOR + "Q2i")
 _BACKWARD = Struct(_PROBLEM + 8 * _TENSOR + "6Q")
+_TENSOR_MAP_BYTES = 128  # of a CUtensorMap, which is aligned to half of that
 FORWARD_BYTES = _FORWARD.size
 BACKWARD_BYTES = _BACKWARD.size
+FORWARD_SM90_BYTES = 4 * _TENSOR_MAP_BYTES + -(-FORWARD_BYTES // 64) * 64
+BACKWARD_SM90_BYTES = 6 * _TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
 
 # Beyond any offset and length, and far enough from the ends of 64 bits to be added to them.
 _UNBOUNDED = 1 << 61
+_TMA_STRIDE_LIMIT = 1 << 40
+_WARPGROUP_ROWS = 64
+_PANEL = 64  # columns that the swizzle of 128 bytes spans
 _LOG2_E = math.log2(math.e)
+
+
+class TensorMap(NamedTuple):
+    """What cuTensorMapEncodeTiled is told of 16-bit elements; axes from the innermost outwards."""
+
+    address: int
+    extents: tuple[int, ...]  # elements
+    strides: tuple[int, ...]  # bytes, of all axes but the first
+    box: tuple[int, ...]  # elements that one copy moves
+
+    @property
+    def swizzle_bytes(self) -> int:
+        """A panel of 64 or 32 columns is as wide as the swizzle."""
+        return 2 * self.box[0]
+
+
+Encoder = Callable[[TensorMap], bytes]
 
 
 def pack_forward(problem: Problem, out: Array, lse: Array, heads_per_section: int) -> bytes:
@@ -33,6 +57,26 @@ def pack_forward(problem: Problem, out: Array, lse: Array, heads_per_section: in
         heads_per_section,
         0,
     )
+
+
+def pack_forward_sm90(
+    problem: Problem,
+    out: Array,
+    lse: Array,
+    heads_per_section: int,
+    panels: tuple[int, int],
+    block_kv: int,
+    encode: Encoder,
+) -> bytes:
+    """ForwardParamsSm90; `panels`: columns of a panel of q and k, of v and out."""
+    maps = (
+        row_map(problem.q, _WARPGROUP_ROWS, panels[0]),
+        row_map(problem.k, block_kv, panels[0]),
+        row_map(problem.v, block_kv, panels[1]),
+        store_map(out, _WARPGROUP_ROWS, panels[1]),
+    )
+    params = b"".join(map(encode, maps)) + pack_forward(problem, out, lse, heads_per_section)
+    return params.ljust(FORWARD_SM90_BYTES, b"\0")
 
 
 def pack_backward(
@@ -61,6 +105,74 @@ def alignment(*arrays: Array) -> int:
             if size > 1:
                 bits |= stride
     return bits & -bits
+
+
+def pack_backward_sm90(
+    gradient: GradientProblem,
+    grads: tuple[Array, Array, Array],
+    call: bytes,
+    tile: tuple[int, int],
+    key_panel: int,
+    encode: Encoder,
+) -> bytes:
+    """BackwardParamsSm90; `call`: pack_backward's, `tile`: its queries and keys."""
+    problem = gradient.forward
+    block_q, block_kv = tile
+    maps = (
+        row_map(problem.q, block_q, _PANEL),
+        row_map(problem.k, block_kv, key_panel),
+        row_map(problem.v, block_kv, _PANEL),
+        row_map(gradient.dout, block_q, _PANEL),
+        store_map(grads[1], _WARPGROUP_ROWS, _PANEL),
+        store_map(grads[2], _WARPGROUP_ROWS, _PANEL),
+    )
+    return (b"".join(map(encode, maps)) + call).ljust(BACKWARD_SM90_BYTES, b"\0")
+
+
+def tma_obstacle(arrays: dict[str, Array]) -> str:
+    """Why TMA cannot move one of these arrays; empty where it can move all."""
+    for name, array in arrays.items():
+        if address(array) % 16:
+            return f"{name} starts at an address that is no multiple of 16 bytes"
+        for axis in range(3):
+            stride, size = array.strides[axis], array.shape[axis]
+            if size > 1 and (stride % 16 or not 0 < stride < _TMA_STRIDE_LIMIT):
+                return f"{name} has stride {stride} bytes in axis {axis}, no multiple of 16 above 0"
+    return ""
+
+
+def row_map(array: Array, rows: int, panel: int) -> TensorMap:
+    """A (B, S, H, D) array, of which the first `length` rows are read and zeros after them.
+
+    Axes: column, S - length + row, length, head, batch. The second and the third advance by a row
+    and count from S rows before the array, so the first row beyond the length is out of bounds.
+    """
+    batch, seq, heads, cols = array.shape
+    batch_stride, row_stride, head_stride = _tma_strides(array)
+    return TensorMap(
+        address(array) - seq * row_stride,
+        (cols, seq, seq + 1, heads, batch),
+        (row_stride, row_stride, head_stride, batch_stride),
+        (panel, rows, 1, 1, 1),
+    )
+
+
+def store_map(array: Array, rows: int, panel: int) -> TensorMap:
+    """A (B, S, H, D) array; axes: column, row, head, batch."""
+    batch, seq, heads, cols = array.shape
+    batch_stride, row_stride, head_stride = _tma_strides(array)
+    return TensorMap(
+        address(array),
+        (cols, seq, heads, batch),
+        (row_stride, head_stride, batch_stride),
+        (panel, rows, 1, 1),
+    )
+
+
+def _tma_strides(array: Array) -> list[int]:
+    """Of the first three axes; nothing is asked of axes of one element."""
+    sizes = zip(array.strides[:3], array.shape[:3], strict=True)
+    return [stride if size > 1 else _TENSOR_MAP_BYTES for stride, size in sizes]
 
 
 def _tensor(array: Array) -> tuple[int, int, int, int]:

@@ -21,15 +21,23 @@ _MAX_HEAD_DIM_OF_TWO_QUERY_WARPS = 128
 # Two warps for each of an SM's four schedulers, so that one computes while the other waits.
 _BUSY_WARPS = 8
 _HEAD_DIM_STEP = 32
+_HEAD_DIMS_SM90 = (64, 96, 128, 192, 256)
+# Hopper: from here on the products take so long that warpgroups need no turns to hide the softmax.
+_MAX_HEAD_DIM_OF_PING_PONG = 128
+_STAGES_SM90 = 2
+_WARPGROUP_ROWS = 64
+_CONSUMER_WARPS_SM90 = 8  # of the backward
+_MAX_BACKWARD_DIM_SM90 = 128
 VEC_BYTES = (16, 8, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a plan depends on of a GPU."""
+    """What a launch depends on of a GPU."""
 
     capability: int  # 10 * major + minor
     l2_bytes: int
+    sms: int
 
     @property
     def arch(self) -> str:
@@ -61,9 +69,10 @@ class Traits:
     softcap: bool
     scale_first: bool
     few_rows: bool
+    tma: bool = False  # what Hopper's kernels need is given
 
     @classmethod
-    def of(cls, problem: Problem, alignment: int) -> Traits:
+    def of(cls, problem: Problem, alignment: int, tma: bool = False) -> Traits:
         """`alignment`: of every row of every array, in bytes."""
         return cls(
             dtype=problem.dtype.name,
@@ -74,6 +83,7 @@ class Traits:
             softcap=problem.softcap > 0,
             scale_first=problem.scale <= 0 and not problem.softcap,
             few_rows=problem.seqlen_q * problem.group <= _FEW_ROWS.block_q,
+            tma=tma,
         )
 
     def constants(self) -> dict[str, int]:
@@ -91,26 +101,35 @@ class Traits:
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
-    """One kernel; one block per (query tile, key head, batch entry)."""
+    """One kernel. sm80: one block per (query tile, key head, batch entry); sm90: as many as fit."""
 
+    backend: str
     kernel: Kernel
     block_q: int
+    block_kv: int
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardPlan:
-    """Three kernels in a row: prep and post per query tile, main per key tile."""
+    """Three kernels in a row: prep and post per query tile, main per key tile.
 
+    sm80: the query tiles are those of key heads, whose groups are packed; sm90: of query heads.
+    """
+
+    backend: str
     prep: Kernel
     main: Kernel
     post: Kernel
     block_q: int
     block_kv: int
+    head_dim: int  # padded, of a row of dq's sums
 
 
 @lru_cache(maxsize=1024)
 def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
     """The first tiles of the preferred ones that keep the GPU busy, else the first that fit."""
+    if backend_of(capability, traits.tma) == "sm90":
+        return _forward_plan_sm90(traits)
     arch = _arch(capability)
     candidates = (_FEW_ROWS,) if traits.few_rows else _FORWARD_TILES
     fitting = [
@@ -130,12 +149,45 @@ def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
         "PARAMS_BYTES": _params.FORWARD_BYTES,
     }
     kernel = _kernel("flash_fwd_sm80.cu", "flash_fwd", arch, constants, tiles.warps, smem_bytes)
-    return ForwardPlan(kernel, tiles.block_q)
+    return ForwardPlan("sm80", kernel, tiles.block_q, tiles.block_kv)
+
+
+def _forward_plan_sm90(traits: Traits) -> ForwardPlan:
+    """The first of the preferred tiles that fit."""
+    tiles = next(tiles for tiles in _HOPPER_FORWARD_TILES if tiles.serves(traits))
+    out_over_q = not tiles.has_room_for_out(traits)
+    smem_bytes = tiles.smem_bytes(traits, out_over_q)
+    constants = {
+        **_constants_sm90(traits),
+        "CONSUMERS": tiles.consumers,
+        "BLOCK_KV": tiles.block_kv,
+        "PING_PONG": int(padded_sm90(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG),
+        "OUT_OVER_Q": int(out_over_q),
+        "SMEM_BYTES": smem_bytes,
+        "PARAMS_BYTES": _params.FORWARD_SM90_BYTES,
+    }
+    warps = 4 * (1 + tiles.consumers)
+    kernel = _kernel("flash_fwd_sm90.cu", "flash_fwd", "sm_90a", constants, warps, smem_bytes)
+    return ForwardPlan("sm90", kernel, tiles.block_q, tiles.block_kv)
+
+
+def _constants_sm90(traits: Traits) -> dict[str, int]:
+    """The -D constants that Hopper's kernels share."""
+    return {
+        "BFLOAT16": int(traits.dtype == "bfloat16"),
+        "HEAD_DIM": padded_sm90(traits.head_dim),
+        "HEAD_DIM_V": padded_sm90(traits.head_dim_v),
+        "SOFTCAP": int(traits.softcap),
+        "SCALE_FIRST": int(traits.scale_first),
+    }
 
 
 @lru_cache(maxsize=1024)
 def backward_plan(traits: Traits, capability: int, deterministic: bool) -> BackwardPlan:
     """As `forward_plan`; the tiles must also leave the accumulators in registers."""
+    head_dims = (traits.head_dim, traits.head_dim_v)
+    if backend_of(capability, traits.tma) == "sm90" and max(head_dims) <= _MAX_BACKWARD_DIM_SM90:
+        return _backward_plan_sm90(traits, deterministic)
     arch = _arch(capability)
     tiles = next(
         tiles
@@ -167,12 +219,60 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
     dq_bytes = 2 * tiles.block_q * traits.head_dim
     post = {**shared, "SMEM_BYTES": dq_bytes}
     return BackwardPlan(
+        backend="sm80",
         prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, tiles.warps, 0),
         main=_kernel("flash_bwd_sm80.cu", "flash_bwd", arch, main, tiles.warps, smem_bytes),
         post=_kernel("flash_bwd_post.cu", "flash_bwd_post", arch, post, tiles.warps, dq_bytes),
         block_q=tiles.block_q,
         block_kv=tiles.block_kv,
+        head_dim=traits.head_dim,
     )
+
+
+def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
+    """128 keys, and as many queries as leave the accumulators in registers."""
+    head_dim, head_dim_v = (_padded_to_64(x) for x in (traits.head_dim, traits.head_dim_v))
+    block_q, block_kv = (64 if max(head_dim, head_dim_v) > 64 else 128), 128
+    shared = {
+        "BFLOAT16": int(traits.dtype == "bfloat16"),
+        "HEAD_DIM": head_dim,
+        "HEAD_DIM_V": head_dim_v,
+        "VEC_BYTES": traits.vec_bytes,
+        "BLOCK_Q": block_q,
+        "WARPS": _CONSUMER_WARPS_SM90,
+        "QUERY_WARPS": block_q // 16,
+        "SUM_FLOATS": 4,
+        "PARAMS_BYTES": _params.BACKWARD_BYTES,
+    }
+    both = head_dim + head_dim_v
+    tiles = block_kv * both + _STAGES_SM90 * block_q * (both + 4) + 2 * block_kv * block_q
+    smem_bytes = 2 * tiles + 8 * (2 + 4 * _STAGES_SM90) + 8  # mbarriers, the ticket
+    main = {
+        **shared,
+        "SOFTCAP": int(traits.softcap),
+        "SCALE_FIRST": int(traits.scale_first),
+        "DETERMINISTIC": int(deterministic),
+        "SMEM_BYTES": smem_bytes,
+        "MAPPED_PARAMS_BYTES": _params.BACKWARD_SM90_BYTES,
+    }
+    dq_bytes = 2 * block_q * head_dim
+    post = {**shared, "SMEM_BYTES": dq_bytes}
+    warps, arch = _CONSUMER_WARPS_SM90, "sm_90a"
+    return BackwardPlan(
+        backend="sm90",
+        prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, warps, 0),
+        main=_kernel("flash_bwd_sm90.cu", "flash_bwd", arch, main, 4 + warps, smem_bytes),
+        post=_kernel("flash_bwd_post.cu", "flash_bwd_post", arch, post, warps, dq_bytes),
+        block_q=block_q,
+        block_kv=block_kv,
+        head_dim=head_dim,
+    )
+
+
+def key_panel_sm90(plan: BackwardPlan) -> int:
+    """Columns of a panel of k: each warpgroup reads whole panels for its part of dq."""
+    dq_cols = plan.head_dim // 2 if plan.block_q == _WARPGROUP_ROWS else plan.head_dim
+    return min(dq_cols, 64)
 
 
 def heads_per_section(problem: Problem, device: Device) -> int:
@@ -182,14 +282,17 @@ def heads_per_section(problem: Problem, device: Device) -> int:
     return max(1, min(heads, device.l2_bytes // 2 // max(1, bytes_per_head)))
 
 
-def backend_of(capability: int) -> str:
-    """The backend that serves a GPU of this compute capability (10 * major + minor)."""
+def backend_of(capability: int, tma: bool = False) -> str:
+    """The backend that serves a GPU of this compute capability (10 * major + minor).
+
+    `tma`: the arrays are such as Hopper's kernels take.
+    """
     if capability < 80:
         raise NotImplementedError(
             f"the GPU has compute capability {capability / 10}; "
             "expected 8.0 (Ampere) or newer; the cpu backend (NumPy arrays) needs no GPU"
         )
-    return "sm80"
+    return "sm90" if tma and capability == 90 else "sm80"
 
 
 def kernels_for(
@@ -242,6 +345,27 @@ def every_traits() -> Iterator[Traits]:
 def padded(head_dim: int) -> int:
     """The head size that the kernels compute with: the columns beyond the true one are zeros."""
     return -(-head_dim // _HEAD_DIM_STEP) * _HEAD_DIM_STEP
+
+
+def _padded_to_64(head_dim: int) -> int:
+    """As `padded`, for Hopper's backward."""
+    return -(-head_dim // 64) * 64
+
+
+def padded_sm90(head_dim: int) -> int:
+    """As `padded`, for Hopper's kernels."""
+    return next(size for size in _HEAD_DIMS_SM90 if head_dim <= size)
+
+
+def panels(traits: Traits) -> tuple[int, int]:
+    """Columns of a panel (panels.cuh) of q and k, of v and out."""
+    sizes = (padded_sm90(traits.head_dim), padded_sm90(traits.head_dim_v))
+    return tuple(64 if size % 64 == 0 else 32 for size in sizes)
+
+
+def few_queries(problem: Problem) -> bool:
+    """Whether one warpgroup would hold all queries of a head: packed groups serve these better."""
+    return problem.seqlen_q <= _WARPGROUP_ROWS
 
 
 def vec_bytes(alignment: int) -> int:
@@ -307,6 +431,34 @@ class _BackwardTiles:
         return 2 * (self.block_kv * both + stages + 2 * self.block_q * self.block_kv)
 
 
+@dataclass(frozen=True, slots=True)
+class _HopperForwardTiles:
+    consumers: int  # warpgroups of 64 rows
+    block_kv: int
+    max_head_dim: int
+    max_head_dim_v: int
+
+    @property
+    def block_q(self) -> int:
+        return _WARPGROUP_ROWS * self.consumers
+
+    def serves(self, traits: Traits) -> bool:
+        fits = self.smem_bytes(traits, out_over_q=True) <= smem_limit(90)
+        few_columns = traits.head_dim <= self.max_head_dim
+        return fits and few_columns and traits.head_dim_v <= self.max_head_dim_v
+
+    def has_room_for_out(self, traits: Traits) -> bool:
+        return self.smem_bytes(traits, out_over_q=False) <= smem_limit(90)
+
+    def smem_bytes(self, traits: Traits, out_over_q: bool) -> int:
+        """q, the stages of k and v, out and the barriers, as flash_fwd_sm90.cu lays them out."""
+        head_dim, head_dim_v = padded_sm90(traits.head_dim), padded_sm90(traits.head_dim_v)
+        per_row = max(head_dim, head_dim_v) if out_over_q else head_dim + head_dim_v
+        stages = _STAGES_SM90 * self.block_kv * (head_dim + head_dim_v)
+        barriers = 2 * self.consumers + 4 * _STAGES_SM90
+        return 2 * (self.block_q * per_row + stages) + 8 * barriers
+
+
 # In order of preference. Two 16-row tiles per warp (128 rows, 4 warps) read a key fragment once for
 # both; above a head size of 128 the output needs the registers of eight warps.
 _FORWARD_TILES = (
@@ -316,6 +468,13 @@ _FORWARD_TILES = (
     _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256),
 )
 _FEW_ROWS = _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256)
+# The registers of a consumer hold the output, the scores and the probabilities.
+_HOPPER_FORWARD_TILES = (
+    _HopperForwardTiles(consumers=3, block_kv=112, max_head_dim=64, max_head_dim_v=64),
+    _HopperForwardTiles(consumers=2, block_kv=128, max_head_dim=256, max_head_dim_v=128),
+    _HopperForwardTiles(consumers=2, block_kv=112, max_head_dim=256, max_head_dim_v=192),
+    _HopperForwardTiles(consumers=2, block_kv=80, max_head_dim=256, max_head_dim_v=256),
+)
 _BACKWARD_TILES = (
     _BackwardTiles(64, 128, warps=8, stages=2, score_warps=2, key_warps=4),
     _BackwardTiles(64, 128, warps=8, stages=1, score_warps=2, key_warps=4),

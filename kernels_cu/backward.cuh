@@ -23,11 +23,16 @@
 #ifndef QUERY_WARPS
 #define QUERY_WARPS 2
 #endif
+#ifndef SUM_FLOATS
+#define SUM_FLOATS 1
+#endif
 
 constexpr int kHeadDim = HEAD_DIM, kHeadDimV = HEAD_DIM_V;  // padded
 constexpr int kBlockQ = BLOCK_Q;
 constexpr int kWarps = WARPS;
 constexpr int kThreads = kWarps * kWarpSize;
+// That one instruction of the main kernel adds to dq_acc: 1 or, on Hopper, 4.
+constexpr int kSumFloats = SUM_FLOATS;
 #ifdef PARAMS_BYTES
 static_assert(sizeof(BackwardParams) == PARAMS_BYTES, "BackwardParams differs from the packed one");
 #endif
@@ -49,17 +54,20 @@ struct WarpGrid {
 typedef WarpGrid<kBlockQ, kHeadDim, QUERY_WARPS> QueryGrid;  // dq
 
 // Where a query tile stands in the workspace: lse_log2, delta, dq_acc and turns count tiles alike.
-DEVICE i64 workspace_tile(const Problem& p, int batch, int head_k, int tile) {
-  return ((i64)batch * p.heads_k + head_k) * Rows(p).tiles(kBlockQ) + tile;
+// `head` is one of Rows.
+DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
+  const Rows rows(p);
+  return ((i64)batch * rows.heads + head) * rows.tiles(kBlockQ) + tile;
 }
 
-// dq_acc keeps each thread's accumulators a block's width apart, so that a warp's accesses are
-// contiguous. f(accumulator, its address).
+// dq_acc keeps each thread's accumulators a block's width apart, in pieces of kSumFloats, so that a
+// warp's accesses are contiguous. f(accumulator, its address).
 template <class F>
 DEVICE void for_each_dq(QueryGrid::Acc& dq, float* dq_acc, i64 tile, const F& f) {
-  float* first = dq_acc + tile * kBlockQ * kHeadDim + threadIdx.x;
+  float* first = dq_acc + tile * kBlockQ * kHeadDim + threadIdx.x * kSumFloats;
   for_each(dq, [&](float& value, int m, int n, int e) {
-    f(value, first + ((m * QueryGrid::kN + n) * 4 + e) * kThreads);
+    const int index = (m * QueryGrid::kN + n) * 4 + e;
+    f(value, first + index / kSumFloats * kSumFloats * kThreads + index % kSumFloats);
   });
 }
 

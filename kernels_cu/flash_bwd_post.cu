@@ -1,6 +1,6 @@
-// After a backward pass: dq = scale dq_acc, in 16 bits. One block per (query tile, key head, batch
-// entry) with the threads of the main kernel, so that each reads the accumulators that it would own
-// there; the tile goes through shared memory (2 kBlockQ D bytes) to whole rows.
+// After a backward pass: dq = scale dq_acc, in 16 bits. One block per (query tile, head of Rows,
+// batch entry) with the threads of the main kernel, so that each reads the accumulators that it
+// would own there; the tile goes through shared memory (2 kBlockQ D bytes) to whole rows.
 #include "backward.cuh"
 
 typedef SmemTile<kBlockQ, kHeadDim> QTile;
@@ -15,17 +15,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Rows rows(p.problem);
   const int tiles = rows.tiles(kBlockQ);
   const int tile = blockIdx.x % tiles;
-  const int head_k = blockIdx.x / tiles % p.problem.heads_k;
-  const int batch = blockIdx.x / tiles / p.problem.heads_k;
+  const int head = blockIdx.x / tiles % rows.heads;
+  const int batch = blockIdx.x / tiles / rows.heads;
 
   QueryGrid::Acc dq;
-  for_each_dq(dq, p.dq_acc, workspace_tile(p.problem, batch, head_k, tile),
+  for_each_dq(dq, p.dq_acc, workspace_tile(p.problem, batch, head, tile),
               [](float& value, const float* source) { value = *source; });
   to_smem<QueryGrid>(dq_smem, dq, p.problem.scale);
   __syncthreads();
 
   const int first_row = tile * kBlockQ;
-  u16* target = base_of(p.dq, batch, head_k * p.problem.group);
+  u16* target = base_of(p.dq, batch, rows.head_q(head));
   store_tile<kThreads>(
       dq_smem, [&](int row) { return rows.pointer(target, p.dq, first_row + row); },
       rows.count - first_row, p.problem.head_dim);

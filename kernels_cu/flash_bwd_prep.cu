@@ -1,4 +1,4 @@
-// Before a backward pass: one block per (query tile, key head, batch entry), one warp per row.
+// Before a backward pass: one block per (query tile, head of Rows, batch entry), one warp per row.
 //
 //   delta = sum over Dv of dout out, less dlse;  lse to base 2, +inf for rows that see no key
 //
@@ -31,14 +31,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Rows rows(p.problem);
   const int tiles = rows.tiles(kBlockQ);
   const int tile = blockIdx.x % tiles;
-  const int head_k = blockIdx.x / tiles % p.problem.heads_k;
-  const int batch = blockIdx.x / tiles / p.problem.heads_k;
+  const int head = blockIdx.x / tiles % rows.heads;
+  const int batch = blockIdx.x / tiles / rows.heads;
   const Mask mask(p.problem, batch);
-  const int head = head_k * p.problem.group;
-  const i64 stats = ((i64)batch * p.problem.heads_k * p.problem.group + head) * p.problem.seqlen_q;
-  const i64 workspace = workspace_tile(p.problem, batch, head_k, tile);
-  const u16* out = base_of(p.out, batch, head);
-  const u16* dout = base_of(p.dout, batch, head);
+  const int head_q = rows.head_q(head);
+  const i64 stats =
+      ((i64)batch * p.problem.heads_k * p.problem.group + head_q) * p.problem.seqlen_q;
+  const i64 workspace = workspace_tile(p.problem, batch, head, tile);
+  const u16* out = base_of(p.out, batch, head_q);
+  const u16* dout = base_of(p.dout, batch, head_q);
 
   for (int i = warp_id(); i < kBlockQ; i += kWarps) {
     const int row = tile * kBlockQ + i;

@@ -189,13 +189,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Mask mask(p.problem, work.batch);
   const Scores scores(p.problem);
   const int first_key = work.tile * kBlockKV;
-  const int head = work.head_k * p.problem.group;
+  const int head = work.head * p.problem.group;
   QueryTiles tiles(mask, work.tile, kBlockQ, kBlockKV);
   u32* turns = p.turns + 1;
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
   const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
-    const u16* keys = base_of(x, work.batch, work.head_k) + first_key * x.seq_stride;
+    const u16* keys = base_of(x, work.batch, work.head) + first_key * x.seq_stride;
     load_tile<kThreads>(
         tile, [&](int row) { return keys + row * x.seq_stride; }, mask.kv_len - first_key, cols);
     cp_async_commit();
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         dout_stage(stage),
         [&](int row) { return mask.rows.pointer(dout, p.dout, first_row + row); }, valid_rows,
         p.problem.head_dim_v);
-    const i64 stats = workspace_tile(p.problem, work.batch, work.head_k, tile) * kBlockQ;
+    const i64 stats = workspace_tile(p.problem, work.batch, work.head, tile) * kBlockQ;
     load_stats(q_stage(stage).base + kLseOffset, p.lse_log2 + stats);
     load_stats(q_stage(stage).base + kDeltaOffset, p.delta + stats);
     cp_async_commit();
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (; tiles.valid(); tiles.advance()) {
     const int first_row = tiles.current * kBlockQ;
-    const i64 workspace = workspace_tile(p.problem, work.batch, work.head_k, tiles.current);
+    const i64 workspace = workspace_tile(p.problem, work.batch, work.head, tiles.current);
     const bool partly_visible = tiles.partly_visible();
     const QTile q_smem = q_stage(stage);
     const DoutTile dout_smem = dout_stage(stage);
@@ -296,12 +296,12 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   cp_async_wait<0>();
   __syncthreads();  // every warp has finished with k, v and dq
   if (!tiles.empty())
-    end_turn(turns + workspace_tile(p.problem, work.batch, work.head_k, tiles.visited.begin));
+    end_turn(turns + workspace_tile(p.problem, work.batch, work.head, tiles.visited.begin));
   to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
   to_smem<ValueGrid>(v_smem, dv, 1.f);
   __syncthreads();
-  u16* dk_target = base_of(p.dk, work.batch, work.head_k) + first_key * p.dk.seq_stride;
-  u16* dv_target = base_of(p.dv, work.batch, work.head_k) + first_key * p.dv.seq_stride;
+  u16* dk_target = base_of(p.dk, work.batch, work.head) + first_key * p.dk.seq_stride;
+  u16* dv_target = base_of(p.dv, work.batch, work.head) + first_key * p.dv.seq_stride;
   const int valid_keys = p.problem.seqlen_k - first_key;
   store_tile<kThreads>(
       k_smem, [&](int row) { return dk_target + row * p.dk.seq_stride; }, valid_keys,

@@ -66,7 +66,7 @@ static_assert(sizeof(ForwardParams) == PARAMS_BYTES, "ForwardParams differs from
 DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask,
                   const OutTile& out_smem, float (&o_acc)[kM][kHeadDimV / 8][4],
                   const OnlineSoftmax<kM>& softmax) {
-  const int head = work.head_k * p.problem.group;
+  const int head = mask.rows.head_q(work.head);
   const int first_row = work.tile * kBlockQ;
   const int valid_rows = smaller(kBlockQ, mask.rows.count - first_row);
 
@@ -128,14 +128,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const VTile v_smem{base + kVOffset};
 
   const Rows rows(p.problem);
-  const Work work = forward_work(p.problem, rows.tiles(kBlockQ), p.heads_per_section);
+  const Work work = forward_work(p.problem, rows, kBlockQ, p.heads_per_section, blockIdx.x);
   const Mask mask(p.problem, work.batch);
   const int first_row = work.tile * kBlockQ, warp_row = warp_id() * kWarpRows;
   KeyTiles tiles(mask, first_row, kBlockQ, kBlockKV);
 
-  const u16* q = base_of(p.q, work.batch, work.head_k * p.problem.group);
-  const u16* k = base_of(p.k, work.batch, work.head_k);
-  const u16* v = base_of(p.v, work.batch, work.head_k);
+  const u16* q = base_of(p.q, work.batch, rows.head_q(work.head));
+  const u16* k = base_of(p.k, work.batch, rows.head_k(p.problem, work.head));
+  const u16* v = base_of(p.v, work.batch, rows.head_k(p.problem, work.head));
   const auto load_keys = [&](const auto& tile, const u16* x, const Tensor& shape, int cols) {
     const i64 first_key = (i64)tiles.current * kBlockKV;
     load_tile<kThreads>(
@@ -177,10 +177,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
     scores.transform(s_acc);
     if (partly_visible) hide(s_acc, mask, first_row + warp_row, first_key);
-    softmax.step(s_acc, o_acc);
+    softmax.step(s_acc);
+    softmax.rescale(o_acc);
 
     // o += p v
-    const auto probabilities = pack_operand(s_acc);
+    const Packed<kM, kBlockKV / 8> probabilities(s_acc);
     if (non_finite) {
       add_non_finite<false>(o_acc, v_smem, 0, [&](int row, int key) {
         return mask.visible(first_row + warp_row + row, first_key + key);

@@ -1,32 +1,8 @@
 // acc += a b for the tiles of one warp: fragments from shared memory or registers, mma.sync.
 #pragma once
+#include "accumulator.cuh"
 #include "ptx/mma.cuh"
 #include "tile.cuh"
-
-// acc[m][n][e]: row 16 m + lane / 4 + 8 (e / 2), column 8 n + 2 (lane % 4) + e % 2.
-DEVICE int acc_row(int m, int e) { return 16 * m + lane_id() / 4 + e / 2 * 8; }
-DEVICE int acc_col(int n, int e) { return 8 * n + lane_id() % 4 * 2 + e % 2; }
-
-template <int kM, int kN>
-DEVICE void clear(float (&acc)[kM][kN][4]) {
-#pragma unroll
-  for (int m = 0; m < kM; m++)
-#pragma unroll
-    for (int n = 0; n < kN; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) acc[m][n][e] = 0.f;
-}
-
-// Calls f(value, m, n, e) for every accumulator.
-template <int kM, int kN, class F>
-DEVICE void for_each(float (&acc)[kM][kN][4], const F& f) {
-#pragma unroll
-  for (int m = 0; m < kM; m++)
-#pragma unroll
-    for (int n = 0; n < kN; n++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) f(acc[m][n][e], m, n, e);
-}
 
 // a[m][k]: 16x16 matrices at rows row + 16 m, columns 16 k of a tile that holds a ...
 template <class Tile>
@@ -48,31 +24,15 @@ struct ColumnsOf {
   }
 };
 // ... or in registers, packed from an accumulator.
-template <int kM, int kK>
+template <int kM, int kN>
 struct Packed {
-  u32 fragments[kM][kK][4];
+  u32 fragments[kM][kN / 2][4];
+  DEVICE explicit Packed(const float (&acc)[kM][kN][4]) { pack_operand(fragments, acc); }
   DEVICE void load(u32 (&a)[4], int m, int k) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = fragments[m][k][i];
   }
 };
-
-// An accumulator becomes the left operand of the next product: columns 16 k ... 16 k + 15 are one k
-// step.
-template <int kM, int kN>
-DEVICE Packed<kM, kN / 2> pack_operand(const float (&acc)[kM][kN][4]) {
-  Packed<kM, kN / 2> packed;
-#pragma unroll
-  for (int m = 0; m < kM; m++)
-#pragma unroll
-    for (int k = 0; k < kN / 2; k++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float (&pair)[4] = acc[m][2 * k + i / 2];
-        packed.fragments[m][k][i] = pack<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
-      }
-  return packed;
-}
 
 // b: 16 (k) x 16 (n) at columns 16 k, rows row + 16 n of a tile that holds bᵀ ...
 template <class Tile>

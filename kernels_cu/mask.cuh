@@ -35,6 +35,12 @@ struct Mask {
   }
   DEVICE Interval keys_of_row(int row) const { return keys_of_position(rows.position(row)); }
 
+  // The other side: the positions that see a key.
+  DEVICE Interval positions_of_key(int key) const {
+    if (key >= kv_len) return {0, 0};
+    return {clamp((i64)key - last, 0, q_len), clamp((i64)key - first + 1, 0, q_len)};
+  }
+
   DEVICE bool visible(int row, int key) const {
     const Interval keys = keys_of_row(row);
     return keys.begin <= key && key < keys.end;

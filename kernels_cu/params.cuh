@@ -3,6 +3,7 @@
 // Hk the group.
 #pragma once
 #include "common.cuh"
+#include "ptx/tma.cuh"
 
 // A (B, S, H, D) array of 16-bit elements with a contiguous last axis; strides in elements.
 struct Tensor {
@@ -62,4 +63,23 @@ struct BackwardParams {
   float* delta;     // (B, Hk, query tiles, kBlockQ): sum of dout out over Dv, less dlse
   float* dq_acc;    // (B, Hk, query tiles, kBlockQ D) in the accumulators' order
   u32* turns;       // (1 + B Hk query tiles): work counter, then whose turn it is to add to a tile
+};
+
+// For Hopper: also tensor maps of the arrays that TMA moves (cuflash/_params.py).
+struct ForwardParamsSm90 {
+  TensorMap q;  // loads
+  TensorMap k;
+  TensorMap v;
+  TensorMap out;  // stores
+  ForwardParams call;
+};
+
+struct BackwardParamsSm90 {
+  TensorMap q;  // loads
+  TensorMap k;
+  TensorMap v;
+  TensorMap dout;
+  TensorMap dk;  // stores
+  TensorMap dv;
+  BackwardParams call;
 };

@@ -1,5 +1,6 @@
-// The rows of one (batch, key head): every query position of every head of the group, head fastest,
-// so that a tile of rows reads K and V once for its whole group. Without a group, row = position.
+// The rows of a head. With PACK_GROUP they are those of one key head: every query position of every
+// head of its group, head fastest, so that a tile of rows reads K and V once for the whole group.
+// Otherwise they are the positions of one query head.
 #pragma once
 #include "params.cuh"
 
@@ -10,16 +11,22 @@ constexpr bool kPackGroup = PACK_GROUP;
 
 struct Rows {
   int group;  // heads packed into the rows
+  int heads;  // that have rows of their own: of k where the group is packed, else of q
   int count;  // Sq * group
   u32 magic;  // of the division by group, which would cost many registers in the main loops
   int shift;
 
   DEVICE explicit Rows(const Problem& p)
       : group(kPackGroup ? p.group : 1),
+        heads(kPackGroup ? p.heads_k : p.heads_k * p.group),
         count(p.seqlen_q * group),
         magic(p.group_magic),
         shift(p.group_shift) {}
 
+  DEVICE int head_q(int head) const { return head * group; }  // the first of the group
+  DEVICE int head_k(const Problem& p, int head) const {
+    return kPackGroup || p.group == 1 ? head : head / p.group;
+  }
   DEVICE int position(int row) const { return kPackGroup ? __umulhi(row, magic) >> shift : row; }
   DEVICE int head_in_group(int row) const { return kPackGroup ? row - position(row) * group : 0; }
   DEVICE int tiles(int block_q) const { return ceil_div(count, block_q); }

@@ -51,21 +51,41 @@ struct QueryTiles {
   }
 };
 
+// Those query tiles in every head of q that shares a key head, one head after the other.
+struct GroupTiles {
+  QueryTiles tiles;
+  int head, end;  // of q
+
+  DEVICE GroupTiles(const QueryTiles& tiles, int head_k, int group)
+      : tiles(tiles), head(head_k * group), end(tiles.empty() ? head : head + group) {}
+
+  DEVICE bool valid() const { return head < end; }
+  DEVICE bool has_next() const { return tiles.has_next() || head + 1 < end; }
+  DEVICE void advance() {
+    if (tiles.has_next())
+      tiles.advance();
+    else
+      head++, tiles.current = tiles.visited.end - 1;
+  }
+};
+
 struct Work {
   int tile;
-  int head_k;
+  int head;  // of Rows in the forward, of k in the backward
   int batch;
 };
 
-// Forward: sections of (batch, key head) pairs whose keys and values fit the L2 cache; inside a
-// section the last query tiles first, which under a causal mask are the longest.
-DEVICE Work forward_work(const Problem& p, int tiles, int heads_per_section) {
-  const int heads = p.batch * p.heads_k;
-  const int section = blockIdx.x / (tiles * heads_per_section);
-  const int in_section = blockIdx.x % (tiles * heads_per_section);
+// Forward: sections of (batch, head) pairs whose keys and values fit the L2 cache; inside a section
+// the last query tiles first, which under a causal mask are the longest.
+DEVICE Work forward_work(const Problem& p, const Rows& rows, int block_q, int heads_per_section,
+                         int index) {
+  const int tiles = rows.tiles(block_q);
+  const int heads = p.batch * rows.heads;
+  const int section = index / (tiles * heads_per_section);
+  const int in_section = index % (tiles * heads_per_section);
   const int section_heads = smaller(heads_per_section, heads - section * heads_per_section);
   const int head = section * heads_per_section + in_section % section_heads;
-  return {tiles - 1 - in_section / section_heads, head % p.heads_k, head / p.heads_k};
+  return {tiles - 1 - in_section / section_heads, head % rows.heads, head / rows.heads};
 }
 
 // Backward: heads fastest, so that blocks that run together rarely add to the same query tile; key

@@ -1,7 +1,7 @@
 // Scores in base 2 and the online softmax over key tiles (Milakov and Gimelshein 2018;
 // FlashAttention, Dao et al. 2022). Accumulator rows as in gemm.cuh.
 #pragma once
-#include "gemm.cuh"
+#include "accumulator.cuh"
 #include "params.cuh"
 
 #ifndef SOFTCAP
@@ -52,17 +52,19 @@ struct OnlineSoftmax {
   float factor;
   float row_max[kM][2];
   float row_sum[kM][2];  // of this lane's columns only, until finish()
+  float factors[kM][2];  // from the sums of the last maximum to those of this one
 
   DEVICE explicit OnlineSoftmax(float factor) : factor(factor) {
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll
-      for (int r = 0; r < 2; r++) row_max[m][r] = -infinity(), row_sum[m][r] = 0.f;
+      for (int r = 0; r < 2; r++)
+        row_max[m][r] = -infinity(), row_sum[m][r] = 0.f, factors[m][r] = 0.f;
   }
 
-  // s_acc becomes exp(s - max); o_acc is rescaled to the new maximum.
-  template <int kN, int kNV>
-  DEVICE void step(float (&s_acc)[kM][kN][4], float (&o_acc)[kM][kNV][4]) {
+  // s_acc becomes exp(s - max); o_acc is behind until rescale().
+  template <int kN>
+  DEVICE void step(float (&s_acc)[kM][kN][4]) {
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -75,7 +77,7 @@ struct OnlineSoftmax {
         // A row that has seen no key yet has the maximum -inf; exp2(-inf - 0) is the 0 that it
         // needs.
         const float shift = new_max == -infinity() ? 0.f : new_max * factor;
-        const float rescale = exp2_approx(row_max[m][r] * factor - shift);
+        factors[m][r] = exp2_approx(row_max[m][r] * factor - shift);
         row_max[m][r] = new_max;
         float sum = 0.f;
 #pragma unroll
@@ -83,13 +85,13 @@ struct OnlineSoftmax {
 #pragma unroll
           for (int e = 2 * r; e < 2 * r + 2; e++)
             sum += s_acc[m][n][e] = exp2_approx(s_acc[m][n][e] * factor - shift);
-        row_sum[m][r] = row_sum[m][r] * rescale + sum;
-#pragma unroll
-        for (int n = 0; n < kNV; n++) {
-          o_acc[m][n][2 * r] *= rescale;
-          o_acc[m][n][2 * r + 1] *= rescale;
-        }
+        row_sum[m][r] = row_sum[m][r] * factors[m][r] + sum;
       }
+  }
+
+  template <int kNV>
+  DEVICE void rescale(float (&o_acc)[kM][kNV][4]) const {
+    for_each(o_acc, [&](float& o, int m, int, int e) { o *= factors[m][e / 2]; });
   }
 
   // o_acc becomes the output; row_max becomes lse. A row without keys gives 0 and -inf.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import cuflash
-from cuflash import _plan
+from cuflash import _params, _plan
 from cuflash._problem import GradientProblem, Gradients, Problem
 
 
@@ -79,7 +79,7 @@ class EmulatedGpu:
     def __init__(
         self, capability: int, schedule: str, seed: int, inputs: Sequence[np.ndarray]
     ) -> None:
-        self.device = _plan.Device(capability, l2_bytes=1 << 20)
+        self.device = _plan.Device(capability, l2_bytes=1 << 20, sms=3)
         self.stats: list[Any] = []
         self._schedule, self._seed = schedule, seed
         self._buffers = list(inputs)
@@ -94,6 +94,15 @@ class EmulatedGpu:
 
     def as_contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
         return self._keep(np.ascontiguousarray(array, dtype=dtype))
+
+    def encode(self, tensor_map: _params.TensorMap) -> bytes:
+        import emulator
+
+        address, extents, strides, box = tensor_map
+        itemsize = 2
+        return emulator.encode_tensor_map(
+            address, extents, strides, box, tensor_map.swizzle_bytes, itemsize
+        )
 
     def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
         self.stats.append(

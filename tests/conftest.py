@@ -28,14 +28,15 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(
-    params=["cpu", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)],
+    params=["cpu", "emulated-80", "emulated-90", pytest.param("gpu", marks=pytest.mark.gpu)],
 )
 def backend(request: pytest.FixtureRequest) -> backends.Backend:
-    """Every backend in turn; the emulated kernels are those of sm_80."""
+    """Every backend in turn."""
     make: dict[str, Callable[[], backends.Backend]] = {
         "cpu": backends.CpuBackend,
         "gpu": backends.GpuBackend,
-        "emulated": emulated,
+        "emulated-80": emulated,
+        "emulated-90": lambda: emulated(capability=90),
     }
     return make[request.param]()
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,49 @@ def invariant_bytes(kernel: _plan.Kernel) -> int:
     return 64 if accumulators >= 160 * kernel.threads else 0
 
 
+HOPPER_HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)]
+HOPPER_HEAD_DIMS += [(64, 256), (256, 64), (128, 64), (64, 128)]
+HOPPER_FLAGS = ("plain", "softcap", "scale-first")
+
+
+@pytest.mark.parametrize("head_dims", HOPPER_HEAD_DIMS[:2] + HOPPER_HEAD_DIMS[-2:], ids=str)
+def test_hopper(head_dims: tuple[int, int]) -> None:
+    check_hopper(head_dims, "plain")
+
+
+def test_hopper_options() -> None:
+    for flags in HOPPER_FLAGS:
+        check_hopper((128, 128), flags)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("flags", HOPPER_FLAGS)
+@pytest.mark.parametrize("head_dims", HOPPER_HEAD_DIMS, ids=str)
+def test_hopper_at_every_head_size(head_dims: tuple[int, int], flags: str) -> None:
+    check_hopper(head_dims, flags)
+
+
+def check_hopper(head_dims: tuple[int, int], flags: str) -> None:
+    """Nothing in local memory, nothing that serialises wgmma, and wgmma alone multiplies."""
+    plan = _plan.forward_plan(replace(traits(*head_dims, flags), tma=True), 90)
+    assert plan.backend == "sm90"
+    check_hopper_kernel(plan.kernel, _params.FORWARD_SM90_BYTES)
+
+
+def check_hopper_kernel(kernel: _plan.Kernel, params_bytes: int) -> None:
+    cubin = _jit.cached_cubin(kernel)
+    assert not re.findall(r"C75(?:08|1[0-6]|18|20)", cubin.log), (kernel, cubin.log)
+    assert cubin.resources.stack_bytes == cubin.resources.spill_bytes == 0, (kernel, cubin.log)
+    assert cubin.resources.registers * kernel.threads <= 65536, (kernel, cubin.log)
+    assert kernel.smem_bytes <= _plan.smem_limit(90)
+    assert kernel_params_bytes(cubin.image) == params_bytes
+    counts = instructions(cubin.image)
+    for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
+        assert counts.get(wanted, 0) > 0, f"{kernel.source} has no {wanted}"
+    for unwanted in ("HMMA", "LDL", "STL"):
+        assert counts.get(unwanted, 0) == 0, f"{kernel.source} has {unwanted}"
+
+
 def test_instructions_of_the_main_kernels() -> None:
     chosen = traits(64, 64, "plain")
     for kernel in (
@@ -120,8 +164,9 @@ def test_instructions_of_the_main_kernels() -> None:
 
 def test_each_source_compiles_with_its_own_defaults() -> None:
     for source in sorted(_jit.kernel_dir().glob("*.cu")):
-        entry = source.stem.removesuffix("_sm80")
-        kernel = _plan.Kernel(source.name, entry, "sm_80", (), 256, 0)
+        entry = re.sub(r"_sm\d+$", "", source.stem)
+        arch = "sm_90a" if source.stem.endswith("_sm90") else "sm_80"
+        kernel = _plan.Kernel(source.name, entry, arch, (), 256, 0)
         assert _jit.compile_cubin(kernel).image[:4] == b"\x7fELF"
 
 
@@ -137,11 +182,9 @@ def test_static_asserts_tie_the_plan_to_the_source() -> None:
 
 
 def kernel_params_bytes(image: bytes) -> int:
-    """The size of the parameter block, as the cubin's .nv.info says (EIATTR_PARAM_CBANK)."""
+    """The size of the parameter block, as the cubin's .nv.info says of its one parameter."""
     text = run_tool("cuobjdump", image, "-elf")
-    return int(
-        re.search(r"EIATTR_CBANK_PARAM_SIZE\s+Format:\s+EIFMT_HVAL\s+Value:\s+(0x\w+)", text)[1], 16
-    )
+    return int(re.search(r"Ordinal : 0x0\s+Offset\s*: \w+\s+Size\s*: (0x\w+)", text)[1], 16)
 
 
 def instructions(image: bytes) -> dict[str, int]:

@@ -121,7 +121,7 @@ def test_old_gpus_are_refused() -> None:
 
 
 def test_sections_of_heads_share_the_cache() -> None:
-    device = _plan.Device(90, l2_bytes=50 << 20)
+    device = _plan.Device(90, l2_bytes=50 << 20, sms=132)
     x = np.zeros((4, 1, 16, 128), np.float16)
     keys = np.broadcast_to(x[:, :1], (4, 4096, 16, 128))  # 2 MiB of keys and values per head
     problem = Problem.create("attention", "cuda", x, keys, keys)

@@ -47,3 +47,19 @@ DEVICE float to_float<Half>(u16 bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
 }
+
+// a b + c of pairs of 16-bit elements.
+template <class Element>
+DEVICE u32 fma_pair(u32 a, u32 b, u32 c);
+template <>
+DEVICE u32 fma_pair<BFloat16>(u32 a, u32 b, u32 c) {
+  u32 pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}
+template <>
+DEVICE u32 fma_pair<Half>(u32 a, u32 b, u32 c) {
+  u32 pair;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
+  return pair;
+}

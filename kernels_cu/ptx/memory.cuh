@@ -39,6 +39,13 @@ DEVICE void ldmatrix_x4_trans(u32 (&matrices)[4], u32 address) {
                : "memory");
 }
 
+// The reverse of ldmatrix_x4.
+DEVICE void stmatrix_x4(u32 address, const u32 (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
 DEVICE void st_shared(u32 address, u16 value) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
 }
@@ -63,9 +70,22 @@ DEVICE uint4 ld_shared_u32x4(u32 address) {
                : "memory");
   return value;
 }
+DEVICE float2 ld_shared_f32x2(u32 address) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+               : "=f"(value.x), "=f"(value.y)
+               : "r"(address)
+               : "memory");
+  return value;
+}
 
 DEVICE void red_add(float* target, float value) {
   asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(target), "f"(value) : "memory");
+}
+DEVICE void red_add(float* target, const float (&values)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target),
+               "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+               : "memory");
 }
 
 // A counter by which blocks of one grid take turns.

@@ -16,6 +16,15 @@ and of the approximate functions. Clusters are not supported.
 
 from .errors import EmulatorError, UnsupportedPtx
 from .launch import Kernel, Stats, load
-from .memory import guarded, tensor_map
+from .memory import encode_tensor_map, guarded, tensor_map
 
-__all__ = ["EmulatorError", "Kernel", "Stats", "UnsupportedPtx", "guarded", "load", "tensor_map"]
+__all__ = [
+    "EmulatorError",
+    "Kernel",
+    "Stats",
+    "UnsupportedPtx",
+    "encode_tensor_map",
+    "guarded",
+    "load",
+    "tensor_map",
+]

@@ -93,14 +93,31 @@ def tensor_map(array: np.ndarray, box: Sequence[int], *, swizzle: int = 128) -> 
             f"tensor_map: the box is {inner} bytes wide, must be a multiple of 16 "
             f"and at most the swizzle, {swizzle}"
         )
-    encoded = _TensorMap(
-        _MAGIC, array.ctypes.data, rank, size, swizzle, _ELEMENTS.get(array.dtype.name, 0)
+    raw = encode_tensor_map(
+        array.ctypes.data,
+        array.shape[::-1],
+        array.strides[-2::-1] if rank > 1 else (),
+        list(box)[::-1],
+        swizzle,
+        size,
+        array.dtype.name,
     )
-    pad = 5 - rank
-    encoded.extent[:] = [*array.shape[::-1], *[1] * pad]
-    encoded.box[:] = [*list(box)[::-1], *[1] * pad]
-    encoded.stride[:] = (
-        [size, *array.strides[-2::-1], *[0] * pad] if rank > 1 else [size, 0, 0, 0, 0]
-    )
-    raw = bytes(encoded).ljust(128, b"\0")
     return np.frombuffer(raw, np.dtype([("opaque", np.uint64, (16,))])).copy()
+
+
+def encode_tensor_map(
+    address: int,
+    extents: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+    swizzle: int,
+    itemsize: int,
+    dtype: str = "",
+) -> bytes:
+    """128 bytes; axes from the innermost outwards, strides in bytes of all but the first."""
+    pad = 5 - len(extents)
+    encoded = _TensorMap(_MAGIC, address, len(extents), itemsize, swizzle, _ELEMENTS.get(dtype, 0))
+    encoded.extent[:] = [*extents, *[1] * pad]
+    encoded.box[:] = [*box, *[1] * pad]
+    encoded.stride[:] = [itemsize, *strides, *[0] * pad]
+    return bytes(encoded).ljust(128, b"\0")

@@ -1,0 +1,464 @@
+// Attention forward for Hopper: TMA, wgmma, one producer and two or three consumer warpgroups.
+//
+//   s = scale q kᵀ,  p = softmax(softcap and mask of s),  out = p v,  lse = log sum exp s
+//
+// Persistent blocks walk over work items, (query tile, query head, batch entry): longest first, in
+// rounds of alternate direction, so that a block that got the longest of one round gets the
+// shortest of the next. Key tiles run from the last to the first (schedule.cuh).
+//
+// Warpgroups: 0 produces (one thread issues TMA, in the order K, Q, K, V, K, V ... V), each other
+// consumes: it owns 64 rows of the query tile. q kᵀ of a tile runs while the softmax of the one
+// before feeds p v: both products are in flight together, and in turns (kPingPong) one warpgroup's
+// softmax runs beside the other's products. A warpgroup whose rows do not see a tile only releases
+// it.
+//
+// Barriers: full and empty of every stage of K and of V, and of every warpgroup's Q. Empty ones are
+// arrived at by each warp of the consumers, after the wait for the product that read the stage.
+// Partly and fully visible tiles have steps of their own; only partly visible ones pay for the mask
+// and for the search of inf and NaN behind it (hidden.cuh).
+//
+// Shared memory, bytes:  q | kStages x k | kStages x v | out | barriers, each a multiple of 1024
+//   = 2 (kBlockQ D + kStages kBlockKV (D + Dv) + kBlockQ Dv) + barriers
+// Where that is too much, out is staged over q, and the next q waits for its store (kOutOverQ).
+//
+// Registers of a consumer: o_acc Dv / 2, s_acc kBlockKV / 2, p kBlockKV / 4; of 240 (three
+// warpgroups: 160).
+//
+// Method: FlashAttention-3 (Shah et al. 2024).
+#include "hidden.cuh"
+#include "schedule.cuh"
+#include "softmax.cuh"
+
+#ifndef HEAD_DIM
+#define HEAD_DIM 128
+#endif
+#ifndef HEAD_DIM_V
+#define HEAD_DIM_V 128
+#endif
+#ifndef CONSUMERS
+#define CONSUMERS 2
+#endif
+#ifndef BLOCK_KV
+#define BLOCK_KV 128
+#endif
+#ifndef STAGES
+#define STAGES 2
+#endif
+#ifndef PING_PONG
+#define PING_PONG 1
+#endif
+#ifndef OUT_OVER_Q
+#define OUT_OVER_Q 0
+#endif
+
+constexpr int kHeadDim = HEAD_DIM, kHeadDimV = HEAD_DIM_V;  // padded
+constexpr int kConsumers = CONSUMERS;
+constexpr int kBlockQ = kConsumers * kWarpgroupRows;
+constexpr int kBlockKV = BLOCK_KV;
+constexpr int kStages = STAGES;
+constexpr int kThreads = (1 + kConsumers) * kWarpgroupThreads;
+constexpr bool kPingPong = PING_PONG;
+constexpr bool kOutOverQ = OUT_OVER_Q;
+constexpr int kConsumerWarps = kConsumers * 4;
+// Together 504 for two consumers, 512 for three: what a block of 384 or 512 threads starts with.
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+// With so many accumulators of the output their rescaling is worth hiding behind q kᵀ.
+constexpr bool kRescaleLate = kHeadDimV <= 128;
+static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumer warpgroups");
+static_assert(kBlockKV % 16 == 0, "kBlockKV must be a multiple of 16");
+static_assert(!kPackGroup, "rows are positions of one query head");
+
+typedef Panels<kWarpgroupRows, kHeadDim> QTile;  // of one warpgroup
+typedef Panels<kBlockKV, kHeadDim> KTile;
+typedef Panels<kBlockKV, kHeadDimV> VTile;
+typedef Panels<kWarpgroupRows, kHeadDimV> OutTile;  // of one warpgroup
+
+constexpr int kOutBytes = kOutOverQ ? 0 : kConsumers * OutTile::kBytes;
+constexpr int kQBytes = kConsumers * (kOutOverQ ? larger(QTile::kBytes, OutTile::kBytes)  //
+                                                : QTile::kBytes);
+constexpr int kKOffset = kQBytes;
+constexpr int kVOffset = kKOffset + kStages * KTile::kBytes;
+constexpr int kOutOffset = kVOffset + kStages * VTile::kBytes;
+constexpr int kBarriersOffset = kOutOffset + kOutBytes;
+constexpr int kBarriers = 2 * kConsumers + 4 * kStages;
+constexpr int kSmemBytes = kBarriersOffset + 8 * kBarriers;
+#ifdef SMEM_BYTES
+static_assert(kSmemBytes == SMEM_BYTES, "shared memory differs from the plan's");
+#endif
+#ifdef PARAMS_BYTES
+static_assert(sizeof(ForwardParamsSm90) == PARAMS_BYTES,
+              "ForwardParamsSm90 differs from the packed one");
+#endif
+
+// Named barriers: 0 is __syncthreads.
+DEVICE int own_barrier(int consumer) { return 1 + consumer; }
+DEVICE int turn_barrier(int consumer) { return 1 + kConsumers + consumer; }
+
+// A position in a ring of stages; a barrier's phase turns over once a round.
+struct Ring {
+  int stage = 0;
+  u32 phase = 0;
+  DEVICE void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+struct Smem {
+  u32 base;
+  DEVICE QTile q(int consumer) const { return {base + consumer * kQBytes / kConsumers}; }
+  DEVICE KTile k(const Ring& ring) const { return {base + kKOffset + ring.stage * KTile::kBytes}; }
+  DEVICE VTile v(const Ring& ring) const { return {base + kVOffset + ring.stage * VTile::kBytes}; }
+  DEVICE OutTile out(int consumer) const {
+    return {kOutOverQ ? q(consumer).base : base + kOutOffset + consumer * OutTile::kBytes};
+  }
+
+  DEVICE u32 q_full(int consumer) const { return barrier(consumer); }
+  DEVICE u32 q_empty(int consumer) const { return barrier(kConsumers + consumer); }
+  DEVICE u32 k_full(const Ring& ring) const { return of_stage(0, ring.stage); }
+  DEVICE u32 k_empty(const Ring& ring) const { return of_stage(1, ring.stage); }
+  DEVICE u32 v_full(const Ring& ring) const { return of_stage(2, ring.stage); }
+  DEVICE u32 v_empty(const Ring& ring) const { return of_stage(3, ring.stage); }
+
+  DEVICE void init_barriers() const {
+    for (int consumer = 0; consumer < kConsumers; consumer++) {
+      mbarrier_init(q_full(consumer), 1);
+      mbarrier_init(q_empty(consumer), kOutOverQ ? 1 : 4);
+    }
+    for (int stage = 0; stage < kStages; stage++) {
+      mbarrier_init(of_stage(0, stage), 1);
+      mbarrier_init(of_stage(1, stage), kConsumerWarps);
+      mbarrier_init(of_stage(2, stage), 1);
+      mbarrier_init(of_stage(3, stage), kConsumerWarps);
+    }
+    fence_mbarrier_init();
+  }
+
+ private:
+  DEVICE u32 barrier(int index) const { return base + kBarriersOffset + 8 * index; }
+  DEVICE u32 of_stage(int kind, int stage) const {
+    return barrier(2 * kConsumers + kind * kStages + stage);
+  }
+};
+
+// This block's work items, one per round.
+struct WorkList {
+  const ForwardParamsSm90& p;
+  const Rows rows;
+  int round = 0;
+
+  DEVICE explicit WorkList(const ForwardParamsSm90& p) : p(p), rows(p.call.problem) {}
+
+  DEVICE int index() const {
+    const int place = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    return round * gridDim.x + place;
+  }
+  DEVICE bool valid() const {
+    return index() < p.call.problem.batch * rows.heads * rows.tiles(kBlockQ);
+  }
+  DEVICE Work work() const {
+    return forward_work(p.call.problem, rows, kBlockQ, p.call.heads_per_section, index());
+  }
+};
+
+// Run by one thread.
+DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
+  const Problem& problem = p.call.problem;
+  prefetch_tensor_map(&p.q);
+  prefetch_tensor_map(&p.k);
+  prefetch_tensor_map(&p.v);
+  Ring k_ring, v_ring;
+#pragma unroll 1
+  for (WorkList list(p); list.valid(); list.round++) {
+    const Work work = list.work();
+    const Mask mask(problem, work.batch);
+    const int first_row = work.tile * kBlockQ;
+    const int head_k = mask.rows.head_k(problem, work.head);
+
+    const auto load_q = [&] {
+#pragma unroll 1
+      for (int consumer = 0; consumer < kConsumers; consumer++) {
+        mbarrier_wait(smem.q_empty(consumer), (list.round + 1) % 2);
+        mbarrier_arrive_expect(smem.q_full(consumer), QTile::kBytes);
+        load_panels(smem.q(consumer), &p.q, smem.q_full(consumer),
+                    first_row + consumer * kWarpgroupRows, mask.q_len, problem.seqlen_q, work.head,
+                    work.batch);
+      }
+    };
+    const auto load_k = [&](int tile) {
+      mbarrier_wait(smem.k_empty(k_ring), k_ring.phase ^ 1);
+      mbarrier_arrive_expect(smem.k_full(k_ring), KTile::kBytes);
+      load_panels(smem.k(k_ring), &p.k, smem.k_full(k_ring), tile * kBlockKV, mask.kv_len,
+                  problem.seqlen_k, head_k, work.batch);
+      k_ring.advance();
+    };
+    const auto load_v = [&](int tile) {
+      mbarrier_wait(smem.v_empty(v_ring), v_ring.phase ^ 1);
+      mbarrier_arrive_expect(smem.v_full(v_ring), VTile::kBytes);
+      load_panels(smem.v(v_ring), &p.v, smem.v_full(v_ring), tile * kBlockKV, mask.kv_len,
+                  problem.seqlen_k, head_k, work.batch);
+      v_ring.advance();
+    };
+
+    KeyTiles tiles(mask, first_row, kBlockQ, kBlockKV);
+    if (tiles.valid()) load_k(tiles.current);
+    load_q();
+#pragma unroll 1
+    for (; tiles.valid(); tiles.advance()) {
+      if (tiles.has_next()) load_k(tiles.current - 1);
+      load_v(tiles.current);
+    }
+  }
+}
+
+// One warpgroup: 64 rows of every query tile of the block.
+struct Consumer {
+  const ForwardParamsSm90& p;
+  const Smem smem;
+  const int index;
+  const Scores scores;
+  Ring k_ring, v_ring;
+
+  // Of the present work item.
+  int first_row;  // of this warpgroup
+  Interval full;  // key tiles that all of its rows see whole
+  OnlineSoftmax<1> softmax;
+  float s_acc[1][kBlockKV / 8][4];
+  u32 probabilities[1][kBlockKV / 16][4];
+  float o_acc[1][kHeadDimV / 8][4];
+
+  DEVICE Consumer(const ForwardParamsSm90& p, const Smem& smem, int index)
+      : p(p), smem(smem), index(index), scores(p.call.problem), softmax(scores.factor()) {}
+
+  DEVICE void run() {
+    if (kPingPong && index == 0) named_barrier_arrive(turn_barrier(0), 2 * kWarpgroupThreads);
+#pragma unroll 1
+    for (WorkList list(p); list.valid(); list.round++) {
+      const Work work = list.work();
+      const Mask mask(p.call.problem, work.batch);
+      first_row = work.tile * kBlockQ + index * kWarpgroupRows;
+      mbarrier_wait(smem.q_full(index), list.round % 2);
+      attend(mask, KeyTiles(mask, work.tile * kBlockQ, kBlockQ, kBlockKV).visited);
+      store(work, mask);
+    }
+    // The turn that nobody takes any more.
+    if (kPingPong && index == 0) named_barrier_sync(turn_barrier(0), 2 * kWarpgroupThreads);
+    if (warpgroup_thread() == 0) bulk_wait();
+  }
+
+ private:
+  // `all`: the key tiles that any warpgroup of the block sees.
+  DEVICE void attend(const Mask& mask, const Interval& all) {
+    const KeyTiles own(mask, first_row, kWarpgroupRows, kBlockKV);
+    const int begin = own.visited.begin;
+    full = own.full;
+    softmax = OnlineSoftmax<1>(scores.factor());
+    clear(o_acc);
+
+    int tile = all.end - 1;
+#pragma unroll 1
+    for (; tile >= all.begin && tile >= own.visited.end; tile--) skip();
+    if (tile >= begin && own.valid()) {
+      begin_with(mask, tile--);
+#pragma unroll 1
+      for (; tile >= begin; tile--)
+        if (full.begin <= tile && tile + 1 < full.end)
+          step<false>(mask, tile);
+        else
+          step<true>(mask, tile);
+      end_with(mask, tile + 1);
+    } else {
+      release_q();
+    }
+#pragma unroll 1
+    for (; tile >= all.begin; tile--) skip();
+    softmax.finish(o_acc);
+  }
+
+  // s of the first tile: no product p v to run beside yet.
+  DEVICE void begin_with(const Mask& mask, int tile) {
+    mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
+    take_turn();
+    issue_scores();
+    pass_turn();
+    wgmma_wait<0>(s_acc);
+    release_k();
+    see(mask, tile, partly_visible(tile));
+    pack_operand(probabilities, s_acc);
+  }
+
+  // s of `tile` beside p v of the tile before it, tile + 1.
+  template <bool kMasked>
+  DEVICE void step(const Mask& mask, int tile) {
+    if (kMasked && partly_visible(tile + 1) && add_visible_values(mask, tile + 1)) {
+      begin_with(mask, tile);
+      if (kRescaleLate) softmax.rescale(o_acc);
+      return;
+    }
+    mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
+    take_turn();
+    issue_scores();
+    if (!kRescaleLate) softmax.rescale(o_acc);
+    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
+    issue_values();
+    pass_turn();
+    wgmma_wait<1>(s_acc);
+    release_k();
+    see(mask, tile, kMasked && partly_visible(tile));
+    wgmma_wait<0>(o_acc, probabilities);
+    release_v();
+    pack_operand(probabilities, s_acc);
+    if (kRescaleLate) softmax.rescale(o_acc);
+  }
+
+  // p v of the last tile.
+  DEVICE void end_with(const Mask& mask, int tile) {
+    release_q();
+    if (partly_visible(tile) && add_visible_values(mask, tile)) return;
+    if (!kRescaleLate) softmax.rescale(o_acc);
+    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
+    issue_values();
+    wgmma_wait<0>(o_acc, probabilities);
+    release_v();
+  }
+
+  // A tile that only other warpgroups see.
+  DEVICE void skip() {
+    mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
+    take_turn();
+    pass_turn();
+    release_k();
+    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
+    release_v();
+  }
+
+  // s = q kᵀ
+  DEVICE void issue_scores() {
+    // Descriptors of q that the compiler kept from tile to tile would take many registers.
+    const QTile q_smem{(u32)opaque(smem.q(index).base)};
+    const KTile k_smem = smem.k(k_ring);
+    wgmma_fence(s_acc);
+    issue_gemm<kHeadDim / 16>(s_acc, RowOperand<QTile>{q_smem, 0}, RowOperand<KTile>{k_smem, 0},
+                              false);
+    wgmma_commit();
+  }
+
+  // o += p v
+  DEVICE void issue_values() {
+    const VTile v_smem = smem.v(v_ring);
+    wgmma_fence(o_acc, probabilities);
+    issue_gemm<kBlockKV / 16>(o_acc, probabilities, ColumnOperand<VTile>{v_smem, 0}, true);
+    wgmma_commit();
+  }
+
+  // Where inf or NaN may hide behind the mask: o += p v of the visible alone, and true.
+  DEVICE bool add_visible_values(const Mask& mask, int tile) {
+    const VTile v_smem = smem.v(v_ring);
+    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
+    if (!holds_non_finite(v_smem, own_barrier(index))) return false;
+    if (!kRescaleLate) softmax.rescale(o_acc);
+    const int row = first_row + warpgroup_row() + acc_row(0, 0);
+    add_visible(o_acc, RegisterLeft<kBlockKV / 16>{probabilities}, v_smem, 0,
+                [&](int r, int key) { return mask.visible(row + 8 * r, tile * kBlockKV + key); });
+    __syncwarp();  // every lane has read its part
+    release_v();
+    return true;
+  }
+
+  DEVICE bool partly_visible(int tile) const { return tile < full.begin || tile >= full.end; }
+
+  // Scores to unnormalised probabilities.
+  DEVICE void see(const Mask& mask, int tile, bool partly) {
+    scores.transform(s_acc);
+    if (partly) hide(mask, tile * kBlockKV);
+    softmax.step(s_acc);
+  }
+
+  // Scores that the mask forbids become -inf.
+  DEVICE void hide(const Mask& mask, int first_key) {
+    Interval keys[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++)
+      keys[r] = mask.keys_of_row(first_row + warpgroup_row() + acc_row(0, 2 * r));
+    for_each(s_acc, [&](float& s, int, int n, int e) {
+      const int key = first_key + acc_col(n, e);
+      if (key < keys[e / 2].begin || key >= keys[e / 2].end) s = -infinity();
+    });
+  }
+
+  // Once per tile and warpgroup, in a circle; warpgroup 0 begins.
+  DEVICE void take_turn() const {
+    if (kPingPong) named_barrier_sync(turn_barrier(index), 2 * kWarpgroupThreads);
+  }
+  DEVICE void pass_turn() const {
+    if (kPingPong)
+      named_barrier_arrive(turn_barrier((index + 1) % kConsumers), 2 * kWarpgroupThreads);
+  }
+
+  DEVICE void release(u32 barrier) const {
+    if (lane_id() == 0) mbarrier_arrive(barrier);
+  }
+  DEVICE void release_k() {
+    release(smem.k_empty(k_ring));
+    k_ring.advance();
+  }
+  DEVICE void release_v() {
+    release(smem.v_empty(v_ring));
+    v_ring.advance();
+  }
+  // After the last product with q; where the output goes over q, its store comes first.
+  DEVICE void release_q() const {
+    if (!kOutOverQ) release(smem.q_empty(index));
+  }
+
+  DEVICE void store(const Work& work, const Mask& mask) {
+    const Problem& problem = p.call.problem;
+    const OutTile out_smem = smem.out(index);
+    bool in_length[2];  // rows past it sum over zeros: they are 0 and -inf by definition
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int row = first_row + warpgroup_row() + acc_row(0, 2 * r);
+      in_length[r] = row < mask.q_len;
+      if (lane_id() % 4 == 0 && row < problem.seqlen_q)
+        p.call.lse[((i64)work.batch * mask.rows.heads + work.head) * problem.seqlen_q + row] =
+            in_length[r] ? softmax.row_max[0][r] : -infinity();
+    }
+    for_each(o_acc, [&](float& o, int, int, int e) { o = in_length[e / 2] ? o : 0.f; });
+
+    // The last store has read the stage, and every warp is done with q.
+    if (!kOutOverQ && warpgroup_thread() == 0) bulk_wait_read();
+    named_barrier_sync(own_barrier(index), kWarpgroupThreads);
+    u32 packed[1][kHeadDimV / 16][4];
+    pack_operand(packed, o_acc);
+#pragma unroll
+    for (int k = 0; k < kHeadDimV / 16; k++)
+      stmatrix_x4(out_smem.chunk_address(warpgroup_row() + lane_id() % 16, 2 * k + lane_id() / 16),
+                  packed[0][k]);
+    fence_proxy_async();
+    named_barrier_sync(own_barrier(index), kWarpgroupThreads);
+    if (warpgroup_thread() == 0) {
+      store_panels(out_smem, &p.out, first_row, work.head, work.batch);
+      bulk_commit();
+      if (kOutOverQ) {
+        bulk_wait_read();
+        mbarrier_arrive(smem.q_empty(index));
+      }
+    }
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    flash_fwd(const __grid_constant__ ForwardParamsSm90 p) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const Smem smem{shared_address(memory)};
+  if (threadIdx.x == 0) smem.init_barriers();
+  __syncthreads();
+
+  if (warpgroup_id() == 0) {
+    setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x == 0) produce(p, smem);
+  } else {
+    setmaxnreg_inc<kConsumerRegisters>();
+    Consumer(p, smem, warpgroup_id() - 1).run();
+  }
+}
