@@ -13,8 +13,12 @@
 // wgmma wants as pᵀ and dsᵀ on the left; only ds, for dq, passes through shared memory, as
 // [key][query] in two buffers by turns.
 //
-//   step      sᵀ is here | dpᵀ starts, p | ds | dv, dq, sᵀ of the next tile, dk start | dq to
-//   memory
+//   step      sᵀ and dpᵀ start | p, while dpᵀ runs | ds, while dv runs | dq and dk start |
+//             dq to memory, while dk runs
+//
+// Partly visible tiles hide what the mask forbids. If in one of them s or dp is not finite, in
+// either warpgroup (a vote on the barrier of ds), its dv, dk and dq are summed without the tensor
+// cores (hidden.cuh): every inf and NaN of q, k and dout shows in s or dp.
 //
 // mbarriers: q (with lse) and dout (with delta) each have a ring of kStages, full by the bytes of
 // TMA, empty by one arrival of each computing warp; k and v are loaded once. Named barriers: ds is
@@ -32,7 +36,13 @@
 // Registers of a computing thread, of 240: dk and dv (D + Dv) / 2; then sᵀ, dpᵀ kBlockQ and pᵀ
 // kBlockQ / 4, or dq 32, pᵀ and dsᵀ kBlockQ / 2. The next sᵀ has no room beside them.
 //
-// Method: FlashAttention-3 (Shah et al. 2024), with FlashAttention-2's dq sums in registers.
+// Method: FlashAttention-3 (Shah et al. 2024); dq goes to memory from registers, without staging.
+#ifndef QUERY_WARPS
+#define QUERY_WARPS 4
+#endif
+#ifndef SUM_FLOATS
+#define SUM_FLOATS 4
+#endif
 #include "backward.cuh"
 #include "hidden.cuh"
 #include "schedule.cuh"
