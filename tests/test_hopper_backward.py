@@ -1,0 +1,75 @@
+"""The Hopper backward: what the compiler makes of it, and sizes that other tests leave out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import emulated
+from test_attention import bits, check, run
+
+from cuflash import _jit, _plan
+from cuflash.cli.cases import Case
+
+pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
+
+# ptxas: wgmma serialised, or setmaxnreg ignored; C7517 and C7519 only tell of inserted waits.
+SERIALISED = re.compile(r"C75(08|1[0-6]|18|20)")
+ENTRY_REGISTERS = 168  # of 384 threads, before setmaxnreg
+# Of the partly visible tiles with a softcap at 128 queries; all others have none.
+SPILL_BYTES = 32
+
+CASE = Case(batch=1, seqlen_q=260, seqlen_k=400, head_dim=64)
+CASES = {
+    "gqa": replace(CASE, heads_q=4, heads_k=2, causal=True),
+    "lengths": replace(CASE, batch=2, causal=True, q_lens=(200, 77), kv_lens=(333, 100)),
+    "window": replace(CASE, window=(90, 20)),
+    "head-dim-128": replace(CASE, head_dim=128, causal=True),
+    "head-dims-64-128": replace(CASE, head_dim=64, head_dim_v=128, causal=True),
+    "head-dims-128-64": replace(CASE, head_dim=128, head_dim_v=64, heads_q=2, heads_k=1),
+}
+
+
+def traits(head_dim: int, head_dim_v: int, *, softcap: bool = False) -> _plan.Traits:
+    return _plan.Traits(
+        dtype="bfloat16",
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        vec_bytes=16,
+        pack_group=False,
+        softcap=softcap,
+        scale_first=False,
+        few_rows=False,
+        tma=True,
+    )
+
+
+@pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
+@pytest.mark.parametrize("deterministic", [False, True], ids=["unordered", "deterministic"])
+@pytest.mark.parametrize("head_dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
+def test_products_stay_asynchronous(
+    head_dims: tuple[int, int], deterministic: bool, softcap: bool
+) -> None:
+    plan = _plan.backward_plan(traits(*head_dims, softcap=softcap), 90, deterministic)
+    assert plan.backend == "sm90"
+    cubin = _jit.cached_cubin(plan.main)
+    assert not SERIALISED.search(cubin.log), cubin.log
+    assert cubin.resources.registers == ENTRY_REGISTERS
+    assert cubin.resources.spill_bytes <= (SPILL_BYTES if softcap and plan.block_q == 128 else 0)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("schedule", [("lazy", 0), ("random", 0)], ids=str)
+def test_matches_float64(case: Case, schedule: tuple[str, int]) -> None:
+    check(emulated(capability=90, schedule=schedule[0], seed=schedule[1]), case)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_bit_equal_under_any_schedule(head_dim: int) -> None:
+    case = replace(CASE, seqlen_k=500, head_dim=head_dim, heads_q=2, heads_k=1, causal=True)
+    runs = [run(emulated(capability=90, schedule="random", seed=seed), case) for seed in range(3)]
+    for other in runs[1:]:
+        for name in ("dq", "dk", "dv"):
+            np.testing.assert_array_equal(bits(runs[0][name]), bits(other[name]), err_msg=name)
