@@ -2,8 +2,17 @@
 
 from cuflash._problem import Gradients
 from cuflash.attention import attention, attention_backward, attention_vjp
+from cuflash.explain import Explanation, explain
 from cuflash.merge import merge
 
 __version__ = "0.1.0"
 
-__all__ = ["Gradients", "attention", "attention_backward", "attention_vjp", "merge"]
+__all__ = [
+    "Explanation",
+    "Gradients",
+    "attention",
+    "attention_backward",
+    "attention_vjp",
+    "explain",
+    "merge",
+]

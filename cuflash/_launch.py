@@ -106,8 +106,7 @@ def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "dout": gradient.dout}
     arrays |= {"dk": grads[1], "dv": grads[2]}
     alignment = _params.alignment(*arrays.values(), gradient.out, grads[0])
-    tma = not _plan.few_queries(problem) and not _params.tma_obstacle(arrays)
-    return _plan.Traits.of(problem, alignment, tma)
+    return _plan.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
 
 
 def _backward_query_tiles(problem: Problem, plan: _plan.BackwardPlan) -> int:
@@ -120,8 +119,27 @@ def forward_traits(problem: Problem, out: Array) -> _plan.Traits:
     """What selects the kernel of a forward pass into `out`."""
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
     alignment = _params.alignment(*arrays.values())
-    tma = not _plan.few_queries(problem) and not _params.tma_obstacle(arrays)
-    return _plan.Traits.of(problem, alignment, tma)
+    return _plan.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
+
+
+def explain(problem: Problem, on: Gpu | None = None) -> tuple[_plan.ForwardPlan, str]:
+    """The plan of a forward pass, and why it is this backend's."""
+    on = on or gpu(problem.q.device.id)
+    out = problem.out if problem.out is not None else on.empty(problem.out_shape, problem.dtype)
+    plan = _plan.forward_plan(forward_traits(problem, out), on.device.capability)
+    if plan.backend == "sm90":
+        return plan, "a Hopper GPU, and TMA can move q, k, v and out"
+    if _plan.backend_of(on.device.capability, tma=True) == "sm80":
+        return plan, f"the GPU is {on.device.arch}, not Hopper (sm_90)"
+    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
+    return plan, f"a Hopper GPU, but {_obstacle(problem, arrays)}"
+
+
+def _obstacle(problem: Problem, arrays: dict[str, Array]) -> str:
+    """Why Hopper's kernels do not serve these arrays; empty where they do."""
+    if _plan.few_queries(problem):
+        return f"{problem.seqlen_q} queries do not fill a tile of its kernels"
+    return _params.tma_obstacle(arrays)
 
 
 def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:

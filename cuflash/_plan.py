@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from cuflash import _params
@@ -29,6 +29,7 @@ _WARPGROUP_ROWS = 64
 _CONSUMER_WARPS_SM90 = 8  # of the backward
 _MAX_BACKWARD_DIM_SM90 = 128
 VEC_BYTES = (16, 8, 4, 2)
+TMA_BYTES = 16  # that addresses and strides are multiples of
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,23 +309,25 @@ def kernels_for(
 ) -> list[Kernel]:
     """Every kernel that calls of these sizes launch on contiguous arrays of any length."""
     capability = int(arch.removeprefix("sm_").rstrip("a"))
-    kernels = []
-    for few_rows in (False, True):
-        traits = Traits(
-            dtype=dtype,
-            head_dim=padded(head_dim),
-            head_dim_v=padded(head_dim_v),
-            vec_bytes=vec_bytes((2 * head_dim | 2 * head_dim_v | 16) & 30),
-            pack_group=group > 1,
-            softcap=softcap,
-            scale_first=False,
-            few_rows=few_rows,
-        )
+    widest = vec_bytes((2 * head_dim | 2 * head_dim_v | 16) & 30)
+    long = Traits(
+        dtype=dtype,
+        head_dim=padded(head_dim),
+        head_dim_v=padded(head_dim_v),
+        vec_bytes=widest,
+        pack_group=group > 1,
+        softcap=softcap,
+        scale_first=False,
+        few_rows=False,
+    )
+    kernels = [forward_plan(replace(long, few_rows=True), capability).kernel]
+    for tma in (False, True)[: 1 + (backend_of(capability, widest == TMA_BYTES) == "sm90")]:
+        traits = replace(long, tma=tma)
         kernels.append(forward_plan(traits, capability).kernel)
-    if backward:
-        plan = backward_plan(traits, capability, deterministic)
-        kernels += [plan.prep, plan.main, plan.post]
-    return kernels
+        if backward:
+            plan = backward_plan(traits, capability, deterministic)
+            kernels += [plan.prep, plan.main, plan.post]
+    return list(dict.fromkeys(kernels))
 
 
 def every_traits() -> Iterator[Traits]:
@@ -337,9 +340,12 @@ def every_traits() -> Iterator[Traits]:
                     for dtype in ("bfloat16", "float16"):
                         for head_dim in dims:
                             for head_dim_v in dims:
-                                yield Traits(
+                                traits = Traits(
                                     dtype, head_dim, head_dim_v, vec, pack_group, *scores, few_rows
                                 )
+                                yield traits
+                                if vec == TMA_BYTES and not few_rows:
+                                    yield replace(traits, tma=True)
 
 
 def padded(head_dim: int) -> int:

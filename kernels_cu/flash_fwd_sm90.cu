@@ -360,7 +360,6 @@ struct Consumer {
     const int row = first_row + warpgroup_row() + acc_row(0, 0);
     add_visible(o_acc, RegisterLeft<kBlockKV / 16>{probabilities}, v_smem, 0,
                 [&](int r, int key) { return mask.visible(row + 8 * r, tile * kBlockKV + key); });
-    __syncwarp();  // every lane has read its part
     release_v();
     return true;
   }
@@ -395,7 +394,10 @@ struct Consumer {
       named_barrier_arrive(turn_barrier((index + 1) % kConsumers), 2 * kWarpgroupThreads);
   }
 
+  // Once for each warp, when its last lane is done: a lane that still waited for the phase before
+  // could miss two.
   DEVICE void release(u32 barrier) const {
+    __syncwarp();
     if (lane_id() == 0) mbarrier_arrive(barrier);
   }
   DEVICE void release_k() {

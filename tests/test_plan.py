@@ -34,11 +34,12 @@ def test_every_plan_fits(capability: int) -> None:
             backward.post,
         )
         for kernel in kernels:
-            assert kernel.arch == f"sm_{capability}"
+            assert kernel.arch in (f"sm_{capability}", f"sm_{capability}a")
+            assert kernel.arch.endswith("a") or not kernel.source.endswith("_sm90.cu")
             assert kernel.smem_bytes <= limit, (traits, kernel)
-            assert kernel.threads in (128, 256)
+            assert kernel.threads in (128, 256, 384, 512)
         count += 1
-    assert count == 64 * 2 * 3 * 2 * 4 * 2
+    assert count == 64 * 2 * 3 * 2 * (4 * 2 + 1)
 
 
 # head_dim: (block_q, block_kv, warps) forward, (block_q, block_kv, warps, stages) backward
@@ -133,17 +134,24 @@ def test_sections_of_heads_share_the_cache() -> None:
 
 
 def test_kernels_for_names_each_kernel_of_a_call() -> None:
-    kernels = _plan.kernels_for("sm_90", "float16", 64, 64, group=4)
-    assert [kernel.entry for kernel in kernels] == [
-        "flash_fwd",
-        "flash_fwd",
-        "flash_bwd_prep",
-        "flash_bwd",
-        "flash_bwd_post",
-    ]
+    kernels = _plan.kernels_for("sm_80", "float16", 64, 64, group=4)
+    backward = ["flash_bwd_prep.cu", "flash_bwd_sm80.cu", "flash_bwd_post.cu"]
+    assert [kernel.source for kernel in kernels] == ["flash_fwd_sm80.cu"] * 2 + backward
     assert all(dict(kernel.constants)["PACK_GROUP"] == 1 for kernel in kernels)
     odd = _plan.kernels_for("sm_90", "float16", 33, 64, backward=False)
     assert [dict(kernel.constants)["VEC_BYTES"] for kernel in odd] == [2, 2]
+
+
+def test_kernels_for_a_hopper_gpu_are_of_both_kinds() -> None:
+    both = _plan.kernels_for("sm_90", "float16", 64, 64, group=4)
+    old = _plan.kernels_for("sm_89", "float16", 64, 64, group=4)
+    assert [kernel.source for kernel in both[: len(old)]] == [kernel.source for kernel in old]
+    assert [kernel.source for kernel in both[len(old) :]] == [
+        "flash_fwd_sm90.cu",
+        "flash_bwd_prep.cu",
+        "flash_bwd_sm90.cu",
+        "flash_bwd_post.cu",
+    ]
 
 
 def test_planning_needs_no_cupy() -> None:

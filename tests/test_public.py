@@ -19,7 +19,7 @@ import cuflash
 from cuflash._problem import Problem
 
 ROOT = Path(cuflash.__file__).parent.parent
-FUNCTIONS = ("attention", "attention_backward", "attention_vjp", "merge")
+FUNCTIONS = ("attention", "attention_backward", "attention_vjp", "explain", "merge")
 IMPORT_SECONDS = 0.3
 
 
@@ -35,7 +35,7 @@ def python(code: str) -> str:
 
 
 def test_public_names() -> None:
-    assert sorted(cuflash.__all__) == sorted([*FUNCTIONS, "Gradients"])
+    assert sorted(cuflash.__all__) == sorted([*FUNCTIONS, "Explanation", "Gradients"])
     assert all(hasattr(cuflash, name) for name in cuflash.__all__)
     assert cuflash.__version__.count(".") == 2
 
@@ -97,22 +97,24 @@ def test_arrays_are_positional_and_options_are_keywords() -> None:
         "attention": ["q", "k", "v"],
         "attention_backward": ["dout", "q", "k", "v", "out", "lse"],
         "attention_vjp": ["q", "k", "v"],
+        "explain": ["q", "k", "v"],
         "merge": ["outs", "lses"],
     }
     assert all(p.default is not p.empty for name in FUNCTIONS for p in options(name).values())
 
 
-def test_the_three_functions_have_the_same_options() -> None:
+def test_the_functions_have_the_same_options() -> None:
     own = {
         "attention": {"return_lse", "out"},
         "attention_backward": {"dlse", "deterministic"},
         "attention_vjp": {"return_lse", "deterministic"},
+        "explain": {"out"},
     }
     shared = {
         name: [repr(p) for n, p in options(name).items() if n not in names]
         for name, names in own.items()
     }
-    assert shared["attention"] == shared["attention_backward"] == shared["attention_vjp"]
+    assert all(found == shared["attention"] for found in shared.values())
     for name, names in own.items():
         assert names <= options(name).keys()
 

@@ -1,0 +1,23 @@
+"""Bugs put into kernels as they ship: replacements in a copy of their folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import backends
+import pytest
+
+from cuflash import _jit
+
+
+def put_in(source: str, old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on kernels are compiled from a copy where `new` takes the place of `old`."""
+    kernels = folder / "kernels_cu"
+    shutil.copytree(_jit.kernel_dir(), kernels)
+    text = (kernels / source).read_text()
+    assert old in text, f"{source} no longer has what the bug replaces: {old}"
+    (kernels / source).write_text(text.replace(old, new))
+    monkeypatch.setattr(_jit, "kernel_dir", lambda: kernels)
+    monkeypatch.setattr(backends, "_emulated_kernel", backends._emulated_kernel.__wrapped__)
+    monkeypatch.setenv("CUFLASH_CACHE_DIR", str(folder / "cache"))

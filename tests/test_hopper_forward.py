@@ -1,0 +1,324 @@
+"""The Hopper forward: long rings under every schedule, what it leaves to sm80, injected bugs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import EmulatedGpu, _arrays_of
+from conftest import emulated
+from injection import put_in
+
+from cuflash import _launch, _params
+from cuflash._problem import Problem
+from cuflash.cli import oracle
+from cuflash.cli.cases import Case
+
+pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
+
+# Two rounds of work for each of the emulated GPU's blocks, and rings that turn four times and more.
+LONG = Case(batch=1, heads_q=2, heads_k=1, seqlen_q=450, seqlen_k=1000, head_dim=64)
+WIDE = replace(LONG, head_dim=128)
+CASES = {
+    "dense": LONG,
+    "causal": replace(LONG, causal=True),
+    "window": replace(LONG, window=(200, 30)),
+    "lengths": replace(LONG, batch=2, q_lens=(450, 133), kv_lens=(999, 500), causal=True),
+    "head-dim-128": replace(WIDE, causal=True),
+    "head-dim-128-window": replace(WIDE, window=(40, 40)),
+}
+# Each of them compiles another kernel.
+HEAD_DIMS = {
+    "96": replace(LONG, head_dim=96, causal=True),
+    "192": replace(LONG, head_dim=192, causal=True),
+    "192-128": replace(LONG, head_dim=192, head_dim_v=128, causal=True),
+    "256": replace(LONG, head_dim=256, causal=True),
+    "64-256": replace(LONG, head_dim=64, head_dim_v=256, window=(90, 90)),
+    "256-64": replace(LONG, head_dim=256, head_dim_v=64, causal=True),
+}
+SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1)]
+
+WRONG = "wrong result"
+SOURCE = "flash_fwd_sm90.cu"
+K_FULL = "mbarrier_wait(smem.k_full(k_ring), k_ring.phase);"
+V_FULL = "mbarrier_wait(smem.v_full(v_ring), v_ring.phase);"
+OWN_BARRIER = "named_barrier_sync(own_barrier(index), kWarpgroupThreads);"
+
+# name: (file, what stands there, what takes its place, what it has to end with, in which case)
+BUGS = {
+    "k-not-awaited": (
+        SOURCE,
+        f"    {K_FULL}\n    take_turn();\n    issue_scores();",
+        "    take_turn();\n    issue_scores();",
+        "race:",
+        LONG,
+    ),
+    "v-not-awaited": (
+        SOURCE,
+        f"    {V_FULL}\n    issue_values();",
+        "    issue_values();",
+        "race:",
+        LONG,
+    ),
+    "v-released-early": (
+        SOURCE,
+        "    issue_values();\n    pass_turn();",
+        "    issue_values();\n    release(smem.v_empty(v_ring));\n    pass_turn();",
+        "race:|arrivals",
+        LONG,
+    ),
+    "q-released-early": (
+        SOURCE,
+        "    begin_with(mask, tile--);",
+        "    release_q();\n      begin_with(mask, tile--);",
+        "race:|arrivals",
+        LONG,
+    ),
+    "v-never-released": (
+        SOURCE,
+        "    release(smem.v_empty(v_ring));\n    v_ring.advance();",
+        "    v_ring.advance();",
+        "deadlock:",
+        LONG,
+    ),
+    "skipped-v-kept": (
+        SOURCE,
+        f"    {V_FULL}\n    release_v();\n  }}\n\n  // s = q",
+        "    v_ring.advance();\n  }\n\n  // s = q",
+        "deadlock:",
+        CASES["causal"],
+    ),
+    "q-parity": (
+        SOURCE,
+        "mbarrier_wait(smem.q_full(index), list.round % 2);",
+        "mbarrier_wait(smem.q_full(index), 1);",
+        "race:|deadlock:",
+        LONG,
+    ),
+    "k-empty-parity": (
+        SOURCE,
+        "mbarrier_wait(smem.k_empty(k_ring), k_ring.phase ^ 1);",
+        "mbarrier_wait(smem.k_empty(k_ring), k_ring.phase);",
+        "race:|deadlock:",
+        LONG,
+    ),
+    "v-empty-not-awaited": (
+        SOURCE,
+        "      mbarrier_wait(smem.v_empty(v_ring), v_ring.phase ^ 1);\n",
+        "",
+        "race:|more",
+        LONG,
+    ),
+    "too-few-bytes": (
+        SOURCE,
+        "smem.v_full(v_ring), VTile::kBytes)",
+        "smem.v_full(v_ring), VTile::kBytes - 16)",
+        "deadlock:|race:|bytes|more",
+        LONG,
+    ),
+    "one-arrival": (
+        SOURCE,
+        "mbarrier_init(of_stage(3, stage), kConsumerWarps)",
+        "mbarrier_init(of_stage(3, stage), 1)",
+        "race:|deadlock:|arrivals",
+        LONG,
+    ),
+    "barriers-not-shown": (SOURCE, "  __syncthreads();\n\n", "\n", "race:|mbarrier", LONG),
+    "a-lane-left-behind": (
+        SOURCE,
+        "    __syncwarp();\n    if (lane_id() == 0) mbarrier_arrive",
+        "    if (lane_id() == 0) mbarrier_arrive",
+        "deadlock:",
+        CASES["lengths"],
+    ),
+    "scores-not-awaited": (
+        SOURCE,
+        "    wgmma_wait<1>(s_acc);",
+        "    wgmma_wait<2>(s_acc);",
+        "flight|accumulators|race:",
+        LONG,
+    ),
+    "output-not-awaited": (
+        SOURCE,
+        "    wgmma_wait<0>(o_acc, probabilities);\n    release_v();\n    pack",
+        "    wgmma_wait<1>(o_acc, probabilities);\n    release_v();\n    pack",
+        "flight|accumulators|race:",
+        LONG,
+    ),
+    "products-not-fenced": ("ptx/wgmma.cuh", "wgmma.fence.sync.aligned;", "", "fence", LONG),
+    "leading-offset": (
+        "warpgroup.cuh",
+        "        Tile::kPanelBytes);",
+        "        8 * Tile::kPitch);",
+        WRONG,
+        WIDE,
+    ),
+    "swizzle-dropped": (
+        "panels.cuh",
+        "row % 8 : row / 2 % 4",
+        "0 : row / 2 % 4",
+        WRONG,
+        LONG,
+    ),
+    "not-rescaled": (SOURCE, "if (kRescaleLate) softmax.rescale(o_acc);", "", WRONG, LONG),
+    "not-hidden": (SOURCE, "if (partly) hide(", "if (false) hide(", WRONG, CASES["causal"]),
+    "store-not-fenced": (SOURCE, "    fence_proxy_async();\n", "", "proxy:", LONG),
+    "store-before-all-wrote": (
+        SOURCE,
+        f"    fence_proxy_async();\n    {OWN_BARRIER}\n",
+        "    fence_proxy_async();\n",
+        "race:|proxy:",
+        LONG,
+    ),
+    "stage-of-out-reused": (
+        SOURCE,
+        "    if (!kOutOverQ && warpgroup_thread() == 0) bulk_wait_read();\n",
+        "",
+        "race:",
+        LONG,
+    ),
+    "exit-before-store": (
+        SOURCE,
+        "    if (warpgroup_thread() == 0) bulk_wait();\n",
+        "",
+        "exit|in flight|bulk",
+        LONG,
+    ),
+    "out-over-q-too-early": (
+        SOURCE,
+        "        bulk_wait_read();\n        mbarrier_arrive(smem.q_empty(index));",
+        "        mbarrier_arrive(smem.q_empty(index));",
+        "race:",
+        replace(LONG, head_dim=192),
+    ),
+    "turn-to-oneself": (
+        SOURCE,
+        "turn_barrier((index + 1) % kConsumers)",
+        "turn_barrier(index)",
+        "deadlock:|barrier",
+        LONG,
+    ),
+    "too-many-registers": (
+        SOURCE,
+        "kConsumers == 2 ? 240 : 160",
+        "kConsumers == 2 ? 240 : 168",
+        "register|deadlock",
+        LONG,
+    ),
+}
+# One of each kind in every run; the others compile a kernel each as well.
+QUICK = ("v-released-early", "store-not-fenced", "k-empty-parity")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_long_rings(case: Case, schedule: tuple[str, int]) -> None:
+    assert ending(case, schedule) == "right result"
+
+
+@pytest.mark.parametrize("name", ["192", "256"])
+def test_wide_heads(name: str) -> None:
+    assert ending(HEAD_DIMS[name], ("lazy", 0)) == "right result"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("case", HEAD_DIMS.values(), ids=HEAD_DIMS)
+def test_every_head_size(case: Case, schedule: tuple[str, int]) -> None:
+    assert ending(case, schedule) == "right result"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in BUGS],
+)
+def test_bug_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, old, new, wanted, case = BUGS[name]
+    put_in(source, old, new, tmp_path, monkeypatch)
+    endings = []
+    for schedule in SCHEDULES:
+        endings.append(ending(case, schedule))
+        if re.search(wanted, endings[-1]):
+            return
+    pytest.fail(f"{name} ended with {endings}")
+
+
+def ending(case: Case, schedule: tuple[str, int]) -> str:
+    """The emulator's message, or how the result is."""
+    from emulator import EmulatorError
+
+    arrays = case.arrays()
+    name, seed = schedule
+    on = emulated(capability=90, schedule=name, seed=seed)
+    try:
+        out, lse = on.forward(arrays.q, arrays.k, arrays.v, **case.options)
+    except EmulatorError as error:
+        return str(error)
+    bounds = oracle.expect(arrays._replace(dlse=None), case.options)
+    for key, found in (("out", out), ("lse", lse)):
+        if not bounds[key].error(found) <= bounds[key].allowed:
+            return WRONG
+    return "right result"
+
+
+def explained(case: Case, capability: int = 90, **placed: np.ndarray) -> tuple[str, str]:
+    """(backend, reason)"""
+    arrays = case.arrays()._asdict() | placed
+    problem = Problem.create("attention", "cuda", *(arrays[name] for name in "qkv"), **case.options)
+    plan, reason = _launch.explain(problem, EmulatedGpu(capability, "lazy", 0, _arrays_of(problem)))
+    return plan.backend, reason
+
+
+def test_hopper_takes_what_tma_can_move() -> None:
+    assert explained(LONG) == ("sm90", "a Hopper GPU, and TMA can move q, k, v and out")
+    heads_first = {n: heads_first_copy(getattr(LONG.arrays(), n)) for n in "qkv"}
+    assert explained(LONG, **heads_first)[0] == "sm90"
+
+
+def test_what_hopper_leaves_to_sm80() -> None:
+    odd = replace(LONG, head_dim=20)
+    assert explained(LONG, 80) == ("sm80", "the GPU is sm_80, not Hopper (sm_90)")
+    assert explained(LONG, 100) == ("sm80", "the GPU is sm_100, not Hopper (sm_90)")
+    reasons = {
+        "q has stride 40 bytes in axis 2, no multiple of 16 above 0": odd,
+        "64 queries do not fill a tile of its kernels": replace(LONG, seqlen_q=64),
+    }
+    for reason, case in reasons.items():
+        assert explained(case) == ("sm80", f"a Hopper GPU, but {reason}")
+    arrays = LONG.arrays()
+    for k, reason in (
+        (shifted(arrays.k), "k starts at an address that is no multiple of 16 bytes"),
+        (arrays.k[:, ::-1], "k has stride -128 bytes in axis 1, no multiple of 16 above 0"),
+        (np.broadcast_to(arrays.k[:, :1], arrays.k.shape), "k has stride 0 bytes in axis 1"),
+    ):
+        backend, why = explained(LONG, k=k)
+        assert backend == "sm80" and reason in why
+
+
+def test_a_row_map_ends_with_the_length() -> None:
+    x = np.zeros((2, 10, 3, 16), np.float16)
+    found = _params.row_map(x, rows=64, panel=64)
+    row = 3 * 16 * 2
+    assert found.address == x.ctypes.data - 10 * row
+    assert found.extents == (16, 10, 11, 3, 2)
+    assert found.strides == (row, row, 32, 10 * row)
+    # Row 4 of length 7: coordinates 4 + 10 - 7 and 7; row 7 is the first out of bounds.
+    assert found.address + (4 + 10 - 7) * row + 7 * row == x[0, 4].ctypes.data
+    assert found.extents[1] == 7 + 10 - 7
+
+
+def heads_first_copy(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def shifted(x: np.ndarray) -> np.ndarray:
+    """The same values and strides, two bytes off."""
+    memory = np.empty(x.size + 8, x.dtype)
+    start = 1 + (-memory.ctypes.data % 16) // 2
+    view: Any = memory[start : start + x.size].reshape(x.shape)
+    view[...] = x
+    return view
