@@ -111,13 +111,14 @@ def test_info_without_a_gpu(gpus, cache, capsys):
 
 
 def test_info_says_which_backend_serves_which_gpu_and_why(gpus, cache, capsys):
-    gpus(90, 75)
+    gpus(90, 75, 80)
     cache.mkdir()
     (cache / "a.cubin").write_bytes(bytes(2**20))
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "GPU 0            NVIDIA Pretend, sm_90, 7 SMs, 3.0 GiB" in out
-    assert "arrays on GPU 0  backend sm80, by its architecture sm_90" in out
+    assert "arrays on GPU 0  backend sm90, by its architecture sm_90" in out
+    assert "arrays on GPU 2  backend sm80, by its architecture sm_80" in out
     assert "arrays on GPU 1  no backend: the GPU has compute capability 7.5" in out
     assert "1 kernels, 1.0 MiB" in out
 
@@ -245,6 +246,22 @@ def test_check_fails_what_differs_from_run_to_run(check_on_cpu, monkeypatch, cap
     out = capsys.readouterr().out
     assert out.count("dv differs from run to run") == 1
     assert "1 passed, 1 failed" in out
+
+
+def test_check_runs_as_often_as_asked(check_on_cpu, monkeypatch, capsys):
+    sound, noise = cuflash.attention_backward, iter(np.float32([0] * 9 + [1e-8]))
+
+    def late(*arrays, **options):
+        gradients = sound(*arrays, **options)
+        return gradients._replace(dv=gradients.dv.astype(np.float32) + next(noise))
+
+    monkeypatch.setattr(cuflash, "attention_backward", late)
+    assert main(["check", "--runs", "5"]) == 1
+    assert "dv differs from run to run" in capsys.readouterr().out
+    for wrong in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            main(["check", "--runs", wrong])
+        assert "is no number of runs; expected 1 or more" in capsys.readouterr().err
 
 
 def test_check_goes_on_after_an_exception(check_on_cpu, monkeypatch, capsys):

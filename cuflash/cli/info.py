@@ -68,7 +68,9 @@ def _describe(gpu: Gpu) -> str:
 
 def _backend(gpu: Gpu) -> str:
     try:
-        return f"backend {_plan.backend_of(gpu.capability)}, by its architecture {gpu.arch}"
+        return (
+            f"backend {_plan.backend_of(gpu.capability, tma=True)}, by its architecture {gpu.arch}"
+        )
     except NotImplementedError as error:
         return f"no backend: {error}"
 
