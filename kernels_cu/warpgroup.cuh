@@ -13,39 +13,42 @@ DEVICE int warpgroup_thread() { return threadIdx.x % kWarpgroupThreads; }
 // The first of this warp's 16 rows.
 DEVICE int warpgroup_row() { return warp_id() % 4 * 16; }
 
-// Matrix descriptor (PTX ISA, wgmma): address, leading and stride offsets in units of 16 bytes.
+// Matrix descriptor (PTX ISA, wgmma): address, leading and stride offsets in units of 16 bytes. No
+// address of shared memory carries out of its field, so constants may be added to the low half.
 template <class Tile>
-DEVICE u64 descriptor(u32 address, u32 leading_bytes) {
-  constexpr u64 kSwizzle = Tile::kPanelCols == 64 ? 1 : 2;
-  constexpr u64 kStrideBytes = 8 * Tile::kPitch;  // between groups of eight rows
-  return kSwizzle << 62 | kStrideBytes >> 4 << 32 | (u64)(leading_bytes >> 4) << 16 |
-         (address & 0x3ffff) >> 4;
-}
+struct Descriptor {
+  u32 low;
+
+  DEVICE Descriptor(u32 address, u32 leading_bytes)
+      : low(leading_bytes >> 4 << 16 | address >> 4) {}
+  DEVICE u64 plus(int bytes) const {
+    constexpr u32 kSwizzle = Tile::kPanelCols == 64 ? 1 : 2;
+    constexpr u32 kStrideBytes = 8 * Tile::kPitch;  // between groups of eight rows
+    return (u64)(kSwizzle << 30 | kStrideBytes >> 4) << 32 | (low + bytes / 16);
+  }
+};
 
 // Rows `row` and on of a tile; the product contracts its columns.
 template <class Tile>
 struct RowOperand {
   static constexpr int kTrans = 0;
-  const Tile& tile;
-  int row;  // a multiple of 8
+  Descriptor<Tile> first;
+  // `row`: a multiple of 8.
+  DEVICE RowOperand(const Tile& tile, int row) : first(tile.base + row * Tile::kPitch, 16) {}
   DEVICE u64 at(int k) const {
     const int col = 16 * k;
-    return descriptor<Tile>(tile.base + col / Tile::kPanelCols * Tile::kPanelBytes +
-                                row * Tile::kPitch + col % Tile::kPanelCols * 2,
-                            16);
+    return first.plus(col / Tile::kPanelCols * Tile::kPanelBytes + col % Tile::kPanelCols * 2);
   }
 };
 // Columns `col` and on of a tile; the product contracts its rows.
 template <class Tile>
 struct ColumnOperand {
   static constexpr int kTrans = 1;
-  const Tile& tile;
-  int col;  // a multiple of a panel's columns
-  DEVICE u64 at(int k) const {
-    return descriptor<Tile>(
-        tile.base + col / Tile::kPanelCols * Tile::kPanelBytes + 16 * k * Tile::kPitch,
-        Tile::kPanelBytes);
-  }
+  Descriptor<Tile> first;
+  // `col`: a multiple of a panel's columns.
+  DEVICE ColumnOperand(const Tile& tile, int col)
+      : first(tile.base + col / Tile::kPanelCols * Tile::kPanelBytes, Tile::kPanelBytes) {}
+  DEVICE u64 at(int k) const { return first.plus(16 * k * Tile::kPitch); }
 };
 
 // Issues the products of kK steps of 16; the caller fences before and commits after.

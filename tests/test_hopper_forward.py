@@ -152,8 +152,8 @@ BUGS = {
     "products-not-fenced": ("ptx/wgmma.cuh", "wgmma.fence.sync.aligned;", "", "fence", LONG),
     "leading-offset": (
         "warpgroup.cuh",
-        "        Tile::kPanelBytes);",
-        "        8 * Tile::kPitch);",
+        "Tile::kPanelBytes, Tile::kPanelBytes) {}",
+        "Tile::kPanelBytes, 8 * Tile::kPitch) {}",
         WRONG,
         WIDE,
     ),
