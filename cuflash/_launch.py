@@ -165,9 +165,9 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     )
     params = main_params = _params.pack_backward(gradient, grads, workspace)
     if plan.backend == "sm90":
-        tile, key_panel = (plan.block_q, plan.block_kv), _plan.key_panel_sm90(plan)
+        tile = (plan.block_q, plan.block_kv)
         main_params = _params.pack_backward_sm90(
-            gradient, grads, params, tile, key_panel, on.encode
+            gradient, grads, params, tile, plan.panels, on.encode
         )
     key_tiles = problem.batch * problem.heads_k * -(-problem.seqlen_k // plan.block_kv)
     on.run(plan.prep, query_tiles, params)

@@ -24,7 +24,6 @@ BACKWARD_SM90_BYTES = 6 * _TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
 _UNBOUNDED = 1 << 61
 _TMA_STRIDE_LIMIT = 1 << 40
 _WARPGROUP_ROWS = 64
-_PANEL = 64  # columns that the swizzle of 128 bytes spans
 _LOG2_E = math.log2(math.e)
 
 
@@ -112,19 +111,22 @@ def pack_backward_sm90(
     grads: tuple[Array, Array, Array],
     call: bytes,
     tile: tuple[int, int],
-    key_panel: int,
+    panels: tuple[int, int, int],
     encode: Encoder,
 ) -> bytes:
-    """BackwardParamsSm90; `call`: pack_backward's, `tile`: its queries and keys."""
+    """BackwardParamsSm90; `call`: pack_backward's, `tile`: its queries and keys.
+
+    `panels`: columns of a panel of q and dk, of k, of v, dout and dv.
+    """
     problem = gradient.forward
     block_q, block_kv = tile
     maps = (
-        row_map(problem.q, block_q, _PANEL),
-        row_map(problem.k, block_kv, key_panel),
-        row_map(problem.v, block_kv, _PANEL),
-        row_map(gradient.dout, block_q, _PANEL),
-        store_map(grads[1], _WARPGROUP_ROWS, _PANEL),
-        store_map(grads[2], _WARPGROUP_ROWS, _PANEL),
+        row_map(problem.q, block_q, panels[0]),
+        row_map(problem.k, block_kv, panels[1]),
+        row_map(problem.v, block_kv, panels[2]),
+        row_map(gradient.dout, block_q, panels[2]),
+        store_map(grads[1], _WARPGROUP_ROWS, panels[0]),
+        store_map(grads[2], _WARPGROUP_ROWS, panels[2]),
     )
     return (b"".join(map(encode, maps)) + call).ljust(BACKWARD_SM90_BYTES, b"\0")
 

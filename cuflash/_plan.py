@@ -27,7 +27,8 @@ _MAX_HEAD_DIM_OF_PING_PONG = 128
 _STAGES_SM90 = 2
 _WARPGROUP_ROWS = 64
 _CONSUMER_WARPS_SM90 = 8  # of the backward
-_MAX_BACKWARD_DIM_SM90 = 128
+# Up to here the registers of a warpgroup hold dk and dv of 64 keys; above, two divide them.
+_MAX_ROWS_DIM_SM90 = 128
 VEC_BYTES = (16, 8, 4, 2)
 TMA_BYTES = 16  # that addresses and strides are multiples of
 
@@ -124,6 +125,7 @@ class BackwardPlan:
     block_q: int
     block_kv: int
     head_dim: int  # padded, of a row of dq's sums
+    panels: tuple[int, int, int] = (0, 0, 0)  # sm90: columns of one of q, of k, of v and dout
 
 
 @lru_cache(maxsize=1024)
@@ -186,8 +188,7 @@ def _constants_sm90(traits: Traits) -> dict[str, int]:
 @lru_cache(maxsize=1024)
 def backward_plan(traits: Traits, capability: int, deterministic: bool) -> BackwardPlan:
     """As `forward_plan`; the tiles must also leave the accumulators in registers."""
-    head_dims = (traits.head_dim, traits.head_dim_v)
-    if backend_of(capability, traits.tma) == "sm90" and max(head_dims) <= _MAX_BACKWARD_DIM_SM90:
+    if backend_of(capability, traits.tma) == "sm90":
         return _backward_plan_sm90(traits, deterministic)
     arch = _arch(capability)
     tiles = next(
@@ -231,9 +232,10 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
 
 
 def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
-    """128 keys, and as many queries as leave the accumulators in registers."""
+    """As many keys and queries as leave the accumulators in registers."""
     head_dim, head_dim_v = (_padded_to_64(x) for x in (traits.head_dim, traits.head_dim_v))
-    block_q, block_kv = (64 if max(head_dim, head_dim_v) > 64 else 128), 128
+    wide = max(head_dim, head_dim_v) > _MAX_ROWS_DIM_SM90
+    block_q, block_kv = (64 if max(head_dim, head_dim_v) > 64 else 128), (64 if wide else 128)
     shared = {
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": head_dim,
@@ -246,7 +248,8 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
         "PARAMS_BYTES": _params.BACKWARD_BYTES,
     }
     both = head_dim + head_dim_v
-    tiles = block_kv * both + _STAGES_SM90 * block_q * (both + 4) + 2 * block_kv * block_q
+    scores = (4 if wide else 2) * block_kv * block_q  # two buffers of ds, and of p if wide
+    tiles = block_kv * both + _STAGES_SM90 * block_q * (both + 4) + scores
     smem_bytes = 2 * tiles + 8 * (2 + 4 * _STAGES_SM90) + 8  # mbarriers, the ticket
     main = {
         **shared,
@@ -259,21 +262,31 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
     dq_bytes = 2 * block_q * head_dim
     post = {**shared, "SMEM_BYTES": dq_bytes}
     warps, arch = _CONSUMER_WARPS_SM90, "sm_90a"
+    source = "flash_bwd_wide_sm90.cu" if wide else "flash_bwd_sm90.cu"
     return BackwardPlan(
         backend="sm90",
         prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, warps, 0),
-        main=_kernel("flash_bwd_sm90.cu", "flash_bwd", arch, main, 4 + warps, smem_bytes),
+        main=_kernel(source, "flash_bwd", arch, main, 4 + warps, smem_bytes),
         post=_kernel("flash_bwd_post.cu", "flash_bwd_post", arch, post, warps, dq_bytes),
         block_q=block_q,
         block_kv=block_kv,
         head_dim=head_dim,
+        panels=_backward_panels_sm90(head_dim, head_dim_v, block_q, wide),
     )
 
 
-def key_panel_sm90(plan: BackwardPlan) -> int:
-    """Columns of a panel of k: each warpgroup reads whole panels for its part of dq."""
-    dq_cols = plan.head_dim // 2 if plan.block_q == _WARPGROUP_ROWS else plan.head_dim
-    return min(dq_cols, 64)
+def _backward_panels_sm90(
+    head_dim: int, head_dim_v: int, block_q: int, wide: bool
+) -> tuple[int, int, int]:
+    """Each warpgroup reads whole panels for its part of dq and, if wide, of dk and dv."""
+    half, half_v = _panel_sm90(head_dim // 2), _panel_sm90(head_dim_v // 2)
+    if wide:
+        return half, half, half_v
+    return 64, (half if block_q == _WARPGROUP_ROWS else 64), 64
+
+
+def _panel_sm90(columns: int) -> int:
+    return 64 if columns % 64 == 0 else 32
 
 
 def heads_per_section(problem: Problem, device: Device) -> int:

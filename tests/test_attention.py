@@ -187,7 +187,13 @@ NON_FINITE = {
 def test_non_finite_reaches_only_what_sees_it(
     backend: backends.Backend, where: tuple[str, tuple[int, ...], float], options: dict[str, Any]
 ) -> None:
-    case = replace(SMALL, **options)
+    check_non_finite(backend, replace(SMALL, **options), where)
+
+
+def check_non_finite(
+    backend: backends.Backend, case: Case, where: tuple[str, tuple[int, ...], float]
+) -> None:
+    """One value that is not finite reaches what it should, and the rest is within its bounds."""
     name, index, value = where
     clean = case.arrays()
     dirty = clean._replace(**{name: getattr(clean, name).copy()})

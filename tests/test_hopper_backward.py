@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import emulated
-from test_attention import bits, check, run
+from test_attention import NON_FINITE, bits, check, check_non_finite, run
 
 from cuflash import _jit, _plan
 from cuflash.cli.cases import Case
@@ -21,6 +21,9 @@ ENTRY_REGISTERS = 168  # of 384 threads, before setmaxnreg
 # Of the partly visible tiles with a softcap at 128 queries; all others have none.
 SPILL_BYTES = 32
 
+ROWS = [(64, 64), (64, 128), (128, 64), (128, 128)]
+COLUMNS = [(192, 192), (192, 128), (256, 256), (64, 256)]
+
 CASE = Case(batch=1, seqlen_q=260, seqlen_k=400, head_dim=64)
 CASES = {
     "gqa": replace(CASE, heads_q=4, heads_k=2, causal=True),
@@ -29,6 +32,10 @@ CASES = {
     "head-dim-128": replace(CASE, head_dim=128, causal=True),
     "head-dims-64-128": replace(CASE, head_dim=64, head_dim_v=128, causal=True),
     "head-dims-128-64": replace(CASE, head_dim=128, head_dim_v=64, heads_q=2, heads_k=1),
+    "head-dims-192-128": replace(CASE, head_dim=192, head_dim_v=128, causal=True),
+    "head-dims-64-192": replace(CASE, seqlen_k=300, head_dim_v=192, window=(90, 20)),
+    "head-dim-160": replace(CASE, head_dim=160, heads_q=2, heads_k=1, seqlen_k=200),
+    "head-dim-256": replace(CASE, seqlen_q=200, seqlen_k=300, head_dim=256, causal=True),
 }
 
 
@@ -48,7 +55,7 @@ def traits(head_dim: int, head_dim_v: int, *, softcap: bool = False) -> _plan.Tr
 
 @pytest.mark.parametrize("softcap", [False, True], ids=["plain", "softcap"])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["unordered", "deterministic"])
-@pytest.mark.parametrize("head_dims", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("head_dims", ROWS + COLUMNS, ids=str)
 def test_products_stay_asynchronous(
     head_dims: tuple[int, int], deterministic: bool, softcap: bool
 ) -> None:
@@ -66,9 +73,22 @@ def test_matches_float64(case: Case, schedule: tuple[str, int]) -> None:
     check(emulated(capability=90, schedule=schedule[0], seed=schedule[1]), case)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("where", NON_FINITE.values(), ids=NON_FINITE)
+def test_non_finite_reaches_only_what_sees_it(where: tuple[str, tuple[int, ...], float]) -> None:
+    case = Case(batch=1, seqlen_q=77, seqlen_k=150, head_dim=40, head_dim_v=136, causal=True)
+    check_non_finite(emulated(capability=90), case, where)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_bit_equal_under_any_schedule(head_dim: int) -> None:
-    case = replace(CASE, seqlen_k=500, head_dim=head_dim, heads_q=2, heads_k=1, causal=True)
+    case = replace(
+        CASE,
+        seqlen_k=500 if head_dim <= 128 else 250,
+        head_dim=head_dim,
+        heads_q=2,
+        heads_k=1,
+        causal=True,
+    )
     runs = [run(emulated(capability=90, schedule="random", seed=seed), case) for seed in range(3)]
     for other in runs[1:]:
         for name in ("dq", "dk", "dv"):

@@ -97,17 +97,80 @@ BUGS = {
 }
 
 
+WIDE_SOURCE = "flash_bwd_wide_sm90.cu"
+COLUMNS = Case(batch=1, seqlen_q=300, seqlen_k=128, head_dim=192, head_dim_v=64)
+WIDE_STORES = """    store_scores(smem.probs(stage.index), s);
+    store_scores(smem.ds(stage.index), dp);
+    fence_proxy_async();
+"""
+DV_WAIT = "    wgmma_wait<0>(dv);\n"
+FREE_DOUT = "    if (dv_is_due) release(smem.dout_empty(stage.previous().index));\n"
+
+# As BUGS, of the kernel in which the warpgroups divide the columns.
+WIDE_BUGS = {
+    "wide-scores-barrier": (
+        "      named_barrier_sync(kScoresBarrier, kThreads);\n    }",
+        "    }",
+        "race:",
+        COLUMNS,
+    ),
+    "wide-scores-fence": ("    fence_proxy_async();\n" + DV_WAIT, DV_WAIT, "proxy:", COLUMNS),
+    "wide-probs-in-one-buffer": ("smem.probs(stage.index)", "smem.probs(0)", "race:", COLUMNS),
+    "wide-ds-in-one-buffer": (
+        "smem.ds(stage.index)",
+        "smem.ds(0)",
+        "race:",
+        replace(COLUMNS, deterministic=False),
+    ),
+    "wide-dout-released-early": (
+        WIDE_STORES + DV_WAIT + FREE_DOUT,
+        FREE_DOUT + WIDE_STORES + DV_WAIT,
+        "race:",
+        COLUMNS,
+    ),
+    "wide-dout-never-released": (FREE_DOUT, "", "deadlock:", COLUMNS),
+    "wide-dk-not-awaited": (
+        "    wgmma_wait<0>(dk);\n",
+        "",
+        "accumulators|race:|flight",
+        COLUMNS,
+    ),
+    "wide-last-dv-left-out": ("    if (dv_is_due) {", "    if (false) {", WRONG, COLUMNS),
+    "wide-queries-of-the-other-warpgroup": (
+        "RowOperand<DoutTile>{dout, first_query()}",
+        "RowOperand<DoutTile>{dout, 0}",
+        WRONG,
+        COLUMNS,
+    ),
+    "wide-half-of-dk": (
+        "ColumnOperand<QTile>{q, first_col()}",
+        "ColumnOperand<QTile>{q, 0}",
+        WRONG,
+        COLUMNS,
+    ),
+    "wide-not-hidden": (
+        "      hide(dp, columns);\n",
+        "",
+        WRONG,
+        replace(COLUMNS, causal=True),
+    ),
+}
+
+
 # One of each kind in every run; the others compile a kernel each as well.
-QUICK = ("ds-barrier", "ds-fence", "full-parity", "half-of-dq")
+QUICK = ("ds-barrier", "ds-fence", "full-parity", "half-of-dq", "wide-probs-in-one-buffer")
 
 
 @pytest.mark.parametrize(
     "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in BUGS],
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.full)
+        for name in (*BUGS, *WIDE_BUGS)
+    ],
 )
 def test_bug_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new, wanted, case = BUGS[name]
-    put_in(SOURCE, old, new, tmp_path, monkeypatch)
+    old, new, wanted, case = (BUGS | WIDE_BUGS)[name]
+    put_in(SOURCE if name in BUGS else WIDE_SOURCE, old, new, tmp_path, monkeypatch)
     endings = []
     for schedule in SCHEDULES:
         endings.append(ending(case, schedule))

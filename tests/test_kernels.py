@@ -164,7 +164,7 @@ def test_instructions_of_the_main_kernels() -> None:
 
 def test_each_source_compiles_with_its_own_defaults() -> None:
     for source in sorted(_jit.kernel_dir().glob("*.cu")):
-        entry = re.sub(r"_sm\d+$", "", source.stem)
+        entry = re.sub(r"(_wide)?_sm\d+$", "", source.stem)
         arch = "sm_90a" if source.stem.endswith("_sm90") else "sm_80"
         kernel = _plan.Kernel(source.name, entry, arch, (), 256, 0)
         assert _jit.compile_cubin(kernel).image[:4] == b"\x7fELF"
