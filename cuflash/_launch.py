@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import struct
+import os
 from dataclasses import replace
 from functools import cache, lru_cache
 
@@ -13,6 +13,15 @@ from cupy.cuda import driver, runtime
 
 from cuflash import _jit, _params, _plan
 from cuflash._problem import Array, GradientProblem, Gradients, Problem
+
+# cuda.h: CUtensorMap's alignment and, of its enumerations, ..._UINT16, ..._INTERLEAVE_NONE,
+# ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE, ..._SWIZZLE_64B and 128B.
+_TENSOR_MAP_ALIGNMENT = 64
+_UINT16, _NO_INTERLEAVE, _L2_128_BYTES, _ZEROS_OUTSIDE = 1, 0, 2, 0
+_SWIZZLES = {64: 2, 128: 3}
+
+_MAX_CHOICES = 4096
+_forward_choices: dict[tuple, tuple[_plan.ForwardPlan, int, tuple[int, int]]] = {}
 
 
 class Gpu:
@@ -79,9 +88,7 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
         return out, lse
     problem = _with_device_lengths(problem, on)
 
-    traits = forward_traits(problem, out)
-    plan = _plan.forward_plan(traits, on.device.capability)
-    heads_per_section = _plan.heads_per_section(problem, on.device)
+    plan, heads_per_section, panels = _forward_choice(problem, out, on.device)
     if plan.backend == "sm80":
         params = _params.pack_forward(problem, out, lse, heads_per_section)
         on.run(plan.kernel, _query_tiles(problem, plan.block_q), params)
@@ -91,7 +98,7 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
         out,
         lse,
         heads_per_section * problem.group,
-        _plan.panels(traits),
+        panels,
         plan.block_kv,
         on.encode,
     )
@@ -113,6 +120,25 @@ def _backward_query_tiles(problem: Problem, plan: _plan.BackwardPlan) -> int:
     if plan.backend == "sm80":
         return _query_tiles(problem, plan.block_q)
     return problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.block_q)
+
+
+def _forward_choice(
+    problem: Problem, out: Array, device: _plan.Device
+) -> tuple[_plan.ForwardPlan, int, tuple[int, int]]:
+    """The plan, heads per section and panels, kept by layout: a warm call looks them up."""
+    layout = (device, *_params.layout(problem, out))
+    choice = _forward_choices.get(layout)
+    if choice is None:
+        traits = forward_traits(problem, out)
+        choice = (
+            _plan.forward_plan(traits, device.capability),
+            _plan.heads_per_section(problem, device),
+            _plan.panels(traits),
+        )
+        if len(_forward_choices) >= _MAX_CHOICES:
+            _forward_choices.clear()
+        _forward_choices[layout] = choice
+    return choice
 
 
 def forward_traits(problem: Problem, out: Array) -> _plan.Traits:
@@ -178,29 +204,33 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
 
 @lru_cache(maxsize=4096)
 def _encode(tensor_map: _params.TensorMap) -> bytes:
-    """A CUtensorMap, by the driver."""
-    # At first use: the CPU backend and older GPUs do without it.
-    from cuda.bindings import driver as cu
-
-    swizzles = cu.CUtensorMapSwizzle
-    swizzle = {64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B, 128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B}
+    """A CUtensorMap, by the driver, which wants it aligned: no Python object's memory is."""
+    memory = ctypes.create_string_buffer(_params.TENSOR_MAP_BYTES + _TENSOR_MAP_ALIGNMENT)
+    first = ctypes.addressof(memory)
+    encoded = first + -first % _TENSOR_MAP_ALIGNMENT
     rank = len(tensor_map.extents)
-    error, encoded = cu.cuTensorMapEncodeTiled(
-        cu.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT16,
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(encoded),
+        _UINT16,
         rank,
-        tensor_map.address,
-        [cu.cuuint64_t(extent) for extent in tensor_map.extents],
-        [cu.cuuint64_t(stride) for stride in tensor_map.strides],
-        [cu.cuuint32_t(extent) for extent in tensor_map.box],
-        [cu.cuuint32_t(1)] * rank,
-        cu.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle[tensor_map.swizzle_bytes],
-        cu.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-        cu.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ctypes.c_void_p(tensor_map.address),
+        (ctypes.c_uint64 * rank)(*tensor_map.extents),
+        (ctypes.c_uint64 * (rank - 1))(*tensor_map.strides),
+        (ctypes.c_uint32 * rank)(*tensor_map.box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        _NO_INTERLEAVE,
+        _SWIZZLES[tensor_map.swizzle_bytes],
+        _L2_128_BYTES,
+        _ZEROS_OUTSIDE,
     )
-    if error != cu.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cuflash: the driver refuses {tensor_map}: {error.name}")
-    return struct.pack("16Q", *(int(word) for word in encoded.opaque))
+    if status:
+        raise RuntimeError(f"cuflash: the driver refuses {tensor_map}: CUDA error {status}")
+    return ctypes.string_at(encoded, _params.TENSOR_MAP_BYTES)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 def _query_tiles(problem: Problem, block_q: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from struct import Struct
 from typing import Any, NamedTuple
 
@@ -14,11 +15,11 @@ _PROBLEM = "3Q3q6iIi2i4f"
 _TENSOR = "Q3q"
 _FORWARD = Struct(_PROBLEM + 4 * _TENSOR + "Q2i")
 _BACKWARD = Struct(_PROBLEM + 8 * _TENSOR + "6Q")
-_TENSOR_MAP_BYTES = 128  # of a CUtensorMap, which is aligned to half of that
+TENSOR_MAP_BYTES = 128  # of a CUtensorMap
 FORWARD_BYTES = _FORWARD.size
 BACKWARD_BYTES = _BACKWARD.size
-FORWARD_SM90_BYTES = 4 * _TENSOR_MAP_BYTES + -(-FORWARD_BYTES // 64) * 64
-BACKWARD_SM90_BYTES = 6 * _TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
+FORWARD_SM90_BYTES = 4 * TENSOR_MAP_BYTES + -(-FORWARD_BYTES // 64) * 64
+BACKWARD_SM90_BYTES = 6 * TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
 
 # Beyond any offset and length, and far enough from the ends of 64 bits to be added to them.
 _UNBOUNDED = 1 << 61
@@ -95,6 +96,14 @@ def pack_backward(
     )
 
 
+def layout(problem: Problem, out: Array) -> tuple[Any, ...]:
+    """All that a forward plan depends on: equal layouts have equal plans."""
+    q, k, v = problem.q, problem.k, problem.v
+    low_bits = (address(q) | address(k) | address(v) | address(out)) % 16
+    arrays = (q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides)
+    return (*arrays, low_bits, q.dtype, problem.scale > 0, problem.softcap > 0)
+
+
 def alignment(*arrays: Array) -> int:
     """The largest power of two, at most 16, that divides the address of every row."""
     bits = 16
@@ -134,12 +143,16 @@ def pack_backward_sm90(
 def tma_obstacle(arrays: dict[str, Array]) -> str:
     """Why TMA cannot move one of these arrays; empty where it can move all."""
     for name, array in arrays.items():
+        if not array.size:
+            return f"{name} is empty"
         if address(array) % 16:
             return f"{name} starts at an address that is no multiple of 16 bytes"
         for axis in range(3):
             stride, size = array.strides[axis], array.shape[axis]
             if size > 1 and (stride % 16 or not 0 < stride < _TMA_STRIDE_LIMIT):
                 return f"{name} has stride {stride} bytes in axis {axis}, no multiple of 16 above 0"
+        if address(array) < array.shape[1] * array.strides[1]:
+            return f"{name} starts too low for a map that counts from before it"
     return ""
 
 
@@ -149,32 +162,51 @@ def row_map(array: Array, rows: int, panel: int) -> TensorMap:
     Axes: column, S - length + row, length, head, batch. The second and the third advance by a row
     and count from S rows before the array, so the first row beyond the length is out of bounds.
     """
-    batch, seq, heads, cols = array.shape
-    batch_stride, row_stride, head_stride = _tma_strides(array)
+    return _row_map(address(array), array.shape, array.strides, rows, panel)
+
+
+def store_map(array: Array, rows: int, panel: int) -> TensorMap:
+    """A (B, S, H, D) array; axes: column, row, head, batch."""
+    return _store_map(address(array), array.shape, array.strides, rows, panel)
+
+
+# Kept for warm calls: allocators give the same addresses again and again.
+_MAPS = 4096
+
+
+@lru_cache(maxsize=_MAPS)
+def _row_map(
+    first: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, panel: int
+) -> TensorMap:
+    batch, seq, heads, cols = shape
+    batch_stride, row_stride, head_stride = _tma_strides(shape, strides)
     return TensorMap(
-        address(array) - seq * row_stride,
+        first - seq * row_stride,
         (cols, seq, seq + 1, heads, batch),
         (row_stride, row_stride, head_stride, batch_stride),
         (panel, rows, 1, 1, 1),
     )
 
 
-def store_map(array: Array, rows: int, panel: int) -> TensorMap:
-    """A (B, S, H, D) array; axes: column, row, head, batch."""
-    batch, seq, heads, cols = array.shape
-    batch_stride, row_stride, head_stride = _tma_strides(array)
+@lru_cache(maxsize=_MAPS)
+def _store_map(
+    first: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, panel: int
+) -> TensorMap:
+    batch, seq, heads, cols = shape
+    batch_stride, row_stride, head_stride = _tma_strides(shape, strides)
     return TensorMap(
-        address(array),
+        first,
         (cols, seq, heads, batch),
         (row_stride, head_stride, batch_stride),
         (panel, rows, 1, 1),
     )
 
 
-def _tma_strides(array: Array) -> list[int]:
-    """Of the first three axes; nothing is asked of axes of one element."""
-    sizes = zip(array.strides[:3], array.shape[:3], strict=True)
-    return [stride if size > 1 else _TENSOR_MAP_BYTES for stride, size in sizes]
+def _tma_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
+    """Of the first three axes; those of one element get a stride that no row reaches across."""
+    beyond = -(-2 * shape[3] // TENSOR_MAP_BYTES) * TENSOR_MAP_BYTES
+    sizes = zip(strides[:3], shape[:3], strict=True)
+    return [stride if size > 1 else beyond for stride, size in sizes]
 
 
 def _tensor(array: Array) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from backends import EmulatedGpu, _arrays_of
 from conftest import emulated
 from injection import put_in
 
-from cuflash import _launch, _params
+from cuflash import _launch, _params, _plan
 from cuflash._problem import Problem
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -299,6 +300,49 @@ def test_what_hopper_leaves_to_sm80() -> None:
         assert backend == "sm80" and reason in why
 
 
+def test_empty_keys_are_an_obstacle() -> None:
+    keys = LONG.arrays().k[:, :0]
+    assert _params.tma_obstacle({"k": keys}) == "k is empty"
+
+
+def test_no_keys() -> None:
+    arrays = LONG.arrays()
+    for heads in (1, 2):  # with one head nothing but the length says that k is empty
+        q, k, v = arrays.q[:, :, :heads], arrays.k[:, :0, :1], arrays.v[:, :0, :1]
+        out, lse = emulated(capability=90).forward(q, k, v)
+        assert not out.any() and (lse == -np.inf).all()
+
+
+def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Driver:
+        def cuTensorMapEncodeTiled(self, encoded: Any, *arguments: Any) -> int:  # noqa: N802
+            plain = [getattr(x, "value", x) for x in arguments]
+            seen.append([encoded.value % 64, *(x if isinstance(x, int) else [*x] for x in plain)])
+            ctypes.memset(encoded, 7, _params.TENSOR_MAP_BYTES)
+            return self.status
+
+        status = 0
+
+    driver = Driver()
+    monkeypatch.setattr(_launch, "_driver", lambda: driver)
+    x = LONG.arrays().k
+    row_map, store_map = _params.row_map(x, 112, 64), _params.store_map(x, 64, 32)
+    assert _launch._encode.__wrapped__(row_map) == bytes([7]) * 128
+    assert _launch._encode.__wrapped__(store_map) == bytes([7]) * 128
+    address, row = x.ctypes.data, x.strides[1]
+    head, batch = 1 * 128, 1 * 128  # axes of one element
+    rows, strides = [64, 1000, 1001, 1, 1], [row, row, head, batch]
+    assert seen == [
+        [0, 1, 5, address - 1000 * row, rows, strides, [64, 112, 1, 1, 1], [1] * 5, 0, 3, 2, 0],
+        [0, 1, 4, address, [64, 1000, 1, 1], strides[1:], [32, 64, 1, 1], [1] * 4, 0, 2, 2, 0],
+    ]
+    driver.status = 1
+    with pytest.raises(RuntimeError, match="the driver refuses .*: CUDA error 1"):
+        _launch._encode.__wrapped__(row_map)
+
+
 def test_a_row_map_ends_with_the_length() -> None:
     x = np.zeros((2, 10, 3, 16), np.float16)
     found = _params.row_map(x, rows=64, panel=64)
@@ -309,6 +353,28 @@ def test_a_row_map_ends_with_the_length() -> None:
     # Row 4 of length 7: coordinates 4 + 10 - 7 and 7; row 7 is the first out of bounds.
     assert found.address + (4 + 10 - 7) * row + 7 * row == x[0, 4].ctypes.data
     assert found.extents[1] == 7 + 10 - 7
+
+
+def test_a_choice_is_kept_by_layout_alone() -> None:
+    arrays = LONG.arrays()
+    out = np.empty_like(arrays.q)
+
+    def choice(capability: int = 90, **changes: Any) -> Any:
+        device = _plan.Device(capability, l2_bytes=1 << 20, sms=3)
+        given = {"q": arrays.q, "k": arrays.k, "v": arrays.v, **changes}
+        problem = Problem.create("attention", "cuda", **given)
+        return _launch._forward_choice(problem, out, device)
+
+    first = choice()
+    assert choice(causal=True, q=arrays.q.copy()) is first
+    assert choice(q=shifted(arrays.q))[0].backend == "sm80"
+    others = (
+        choice(80),
+        choice(softcap=1.0),
+        choice(scale=-1.0),
+        choice(k=arrays.k[:, ::-1]),
+    )
+    assert len({first[0].kernel, *(other[0].kernel for other in others)}) == 5
 
 
 def heads_first_copy(x: np.ndarray) -> np.ndarray:

@@ -114,7 +114,19 @@ def encode_tensor_map(
     itemsize: int,
     dtype: str = "",
 ) -> bytes:
-    """128 bytes; axes from the innermost outwards, strides in bytes of all but the first."""
+    """128 bytes; axes from the innermost outwards, strides in bytes of all but the first.
+
+    Raises:
+        ValueError: where cuTensorMapEncodeTiled would refuse.
+    """
+    if address % 16 or any(stride % 16 or not 0 <= stride < 1 << 40 for stride in strides):
+        raise ValueError(f"tensor map: address {address:#x}, strides {strides}: multiples of 16")
+    if any(not 1 <= extent <= 1 << 32 for extent in extents):
+        raise ValueError(f"tensor map: extents are {extents}, each must be 1 to 2^32")
+    if any(not 1 <= extent <= 256 for extent in box):
+        raise ValueError(f"tensor map: box is {box}, each entry must be 1 to 256")
+    if box[0] * itemsize % 16 or (swizzle and box[0] * itemsize > swizzle):
+        raise ValueError(f"tensor map: a box of {box[0]} elements does not fit the swizzle")
     pad = 5 - len(extents)
     encoded = _TensorMap(_MAGIC, address, len(extents), itemsize, swizzle, _ELEMENTS.get(dtype, 0))
     encoded.extent[:] = [*extents, *[1] * pad]
