@@ -13,6 +13,7 @@ from cuflash._checks import BFLOAT16, FLOAT64
 from cuflash._plan import Kernel
 from cuflash.cli import bench, check, compile, contenders, oracle, timing
 from cuflash.cli.cases import Case, spread
+from cuflash.cli.cells import Cell
 
 SOURCE = 'extern "C" __global__ void fill(float* x) { x[threadIdx.x] = VALUE; }'
 
@@ -403,7 +404,7 @@ def test_the_stream_clock_empties_the_cache_and_reads_its_events_last():
 @pytest.mark.parametrize("direction", ["forward", "backward", "forward+backward"])
 def test_torch_computes_what_we_compute(direction):
     pytest.importorskip("torch", reason="the comparison needs torch")
-    cell = contenders.Cell(direction, "float32", 2, 19, 3, 8, causal=True)
+    cell = Cell(direction, "float32", 2, 19, 3, 8, causal=True)
     inputs = bench._cpu_inputs(cell)
     factories = contenders.cpu_contenders()
     ours, theirs = (factories[name](cell, inputs).call() for name in ("cuflash", "torch"))
@@ -415,10 +416,10 @@ def test_torch_computes_what_we_compute(direction):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_flops_count_the_visible_pairs(causal):
-    cell = contenders.Cell("forward", "bfloat16", 2, 7, 3, 16, causal)
+    cell = Cell("forward", "bfloat16", 2, 7, 3, 16, causal)
     pairs = sum(j <= i or not causal for i in range(7) for j in range(7))
     assert cell.flops == 2 * 2 * 16 * pairs * 2 * 3
-    backward = contenders.Cell("backward", "bfloat16", 2, 7, 3, 16, causal)
+    backward = Cell("backward", "bfloat16", 2, 7, 3, 16, causal)
     assert backward.flops / cell.flops == 2.5
 
 

@@ -13,7 +13,7 @@ from emulator import load
 
 from cuflash import reference
 from cuflash.cli import bench, contenders
-from cuflash.cli.contenders import Cell
+from cuflash.cli.cells import Cell, Inputs
 from cuflash.cli.timing import HostClock
 
 pytest.importorskip("triton")
@@ -106,10 +106,10 @@ def test_the_fastest_tiles_that_fit_are_taken(
         contenders._triton(HostClock(), cell, random_inputs(cell))
 
 
-def random_inputs(cell: Cell) -> contenders.Inputs:
+def random_inputs(cell: Cell) -> Inputs:
     rng = np.random.default_rng(0)
     arrays = (rng.standard_normal(cell.shape).astype(cell.dtype) for _ in range(4))
-    return contenders.Inputs(*arrays)
+    return Inputs(*arrays)
 
 
 def compiled(direction: str, head_dim: int, tiles: Any) -> Any:

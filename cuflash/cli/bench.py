@@ -23,7 +23,8 @@ import cuflash
 from cuflash import _jit
 from cuflash._checks import BFLOAT16
 from cuflash.cli import contenders
-from cuflash.cli.contenders import OURS, Cell, Factory, Inputs
+from cuflash.cli.cells import Cell, Inputs
+from cuflash.cli.contenders import OURS, Factory
 from cuflash.cli.gpus import CommandError, driver_version, require_gpu
 from cuflash.cli.progress import progress, say
 from cuflash.cli.timing import measure, warm_up

@@ -13,7 +13,7 @@ import triton
 
 from cuflash.cli import triton_kernels
 from cuflash.cli.cases import Case
-from cuflash.cli.contenders import Cell, Inputs
+from cuflash.cli.cells import Cell, Inputs
 from cuflash.cli.oracle import expect
 from cuflash.cli.timing import Contender, warm_up
 
