@@ -127,9 +127,6 @@ static_assert(sizeof(BackwardParamsSm90) == MAPPED_PARAMS_BYTES,
               "BackwardParamsSm90 differs from the packed one");
 #endif
 
-// The compiler cannot know that x is the same in all lanes, and wgmma wants it to.
-DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
-
 // A place in the rings of q and dout, and the parity of its present use.
 struct Stage {
   int index = 0;
@@ -208,18 +205,6 @@ DEVICE void keep_turns(const BackwardParams& p, const Work& work, GroupTiles wal
   }
 }
 
-// Element (first_row + acc_row(0, 2 r), k) of a tile, or of its transpose, for add_visible.
-template <bool kTransposed>
-struct TileLeft {
-  const DsTile& tile;
-  int first_row;
-  DEVICE float operator()(int r, int k) const {
-    const int row = first_row + acc_row(0, 2 * r);
-    const u32 address = kTransposed ? tile.address(k, row) : tile.address(row, k);
-    return to_float<Element>(ld_shared_u16(address));
-  }
-};
-
 // One computing warpgroup.
 struct Consumer {
   const BackwardParamsSm90& p;
@@ -239,7 +224,7 @@ struct Consumer {
         mask(mask),
         smem(smem),
         scores(p.call.problem),
-        index(warp_uniform(warpgroup_id()) - 1) {}
+        index(warpgroup_id() - 1) {}
 
   DEVICE void run(GroupTiles walk) {
     clear(dk);
@@ -426,14 +411,15 @@ struct Consumer {
       return columns[r].begin <= column && column < columns[r].end;
     };
     const DsTile ds_tile = smem.ds(stage.index);
-    const TileLeft<false> of_key{ds_tile, index * kWarpgroupRows + warpgroup_row()};
+    const TileLeft<false, DsTile> of_key{ds_tile, index * kWarpgroupRows + warpgroup_row()};
     add_visible(dk, of_key, smem.q(stage.index), 0, sees_query);
     const int first_row = dq_row() + warpgroup_row();
     clear(dq);
-    add_visible(dq, TileLeft<true>{ds_tile, first_row}, smem.k(), dq_col(), [&](int r, int key) {
-      return mask.visible(tile * kBlockQ + first_row + acc_row(0, 2 * r),
-                          work.tile * kBlockKV + key);
-    });
+    add_visible(dq, TileLeft<true, DsTile>{ds_tile, first_row}, smem.k(), dq_col(),
+                [&](int r, int key) {
+                  return mask.visible(tile * kBlockQ + first_row + acc_row(0, 2 * r),
+                                      work.tile * kBlockKV + key);
+                });
     named_barrier_sync(kDsBarrier, kThreads);  // every warp has finished with dsᵀ
     store_scores(probs);
     __syncwarp();
@@ -450,12 +436,6 @@ struct Consumer {
 #pragma unroll
     for (int n = 0; n < kDqCols / 8; n++) red_add(sums + n * kThreads * kSumFloats, dq[0][n]);
     if (kDeterministic) named_barrier_arrive(kAddedBarrier, kTurnThreads);
-  }
-
-  // By each warp, when it has finished with a stage.
-  static DEVICE void release(u32 mbarrier) {
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(mbarrier);
   }
 
   // dk and dv through shared memory, over k and v.
@@ -505,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
   const Mask mask(p.call.problem, work.batch);
   const GroupTiles walk(QueryTiles(mask, work.tile, kBlockQ, kBlockKV), work.head,
                         p.call.problem.group);
-  if (warp_uniform(warpgroup_id()) == 0) {
+  if (warpgroup_id() == 0) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x == 0) load(p, work, mask, walk, smem);
     if (kDeterministic && warp_id() == 1) keep_turns(p.call, work, walk);

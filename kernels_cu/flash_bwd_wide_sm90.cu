@@ -135,9 +135,6 @@ static_assert(sizeof(BackwardParamsSm90) == MAPPED_PARAMS_BYTES,
               "BackwardParamsSm90 differs from the packed one");
 #endif
 
-// The compiler cannot know that x is the same in all lanes, and wgmma wants it to.
-DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
-
 // A place in the rings of q and dout, and the parity of its present use.
 struct Stage {
   int index = 0;
@@ -221,18 +218,6 @@ DEVICE void keep_turns(const BackwardParams& p, const Work& work, GroupTiles wal
   }
 }
 
-// Element (first_row + acc_row(0, 2 r), k) of a tile, or of its transpose, for add_visible.
-template <bool kTransposed>
-struct TileLeft {
-  const ScoreTile& tile;
-  int first_row;
-  DEVICE float operator()(int r, int k) const {
-    const int row = first_row + acc_row(0, 2 * r);
-    const u32 address = kTransposed ? tile.address(k, row) : tile.address(row, k);
-    return to_float<Element>(ld_shared_u16(address));
-  }
-};
-
 // One computing warpgroup.
 struct Consumer {
   const BackwardParamsSm90& p;
@@ -253,7 +238,7 @@ struct Consumer {
         mask(mask),
         smem(smem),
         scores(p.call.problem),
-        index(warp_uniform(warpgroup_id()) - 1) {}
+        index(warpgroup_id() - 1) {}
 
   DEVICE void run(GroupTiles walk) {
     clear(dk);
@@ -452,10 +437,12 @@ struct Consumer {
     };
     const ScoreTile probs = smem.probs(stage.index), ds = smem.ds(stage.index);
     const int row = warpgroup_row();
-    add_visible(dv, TileLeft<false>{probs, row}, smem.dout(stage.index), first_col_v(), sees_query);
-    add_visible(dk, TileLeft<false>{ds, row}, smem.q(stage.index), first_col(), sees_query);
+    add_visible(dv, TileLeft<false, ScoreTile>{probs, row}, smem.dout(stage.index), first_col_v(),
+                sees_query);
+    add_visible(dk, TileLeft<false, ScoreTile>{ds, row}, smem.q(stage.index), first_col(),
+                sees_query);
     clear(dq);
-    add_visible(dq, TileLeft<true>{ds, row}, smem.k(), first_col(), [&](int r, int key) {
+    add_visible(dq, TileLeft<true, ScoreTile>{ds, row}, smem.k(), first_col(), [&](int r, int key) {
       return mask.visible(tile * kBlockQ + row + acc_row(0, 2 * r), work.tile * kBlockKV + key);
     });
   }
@@ -470,12 +457,6 @@ struct Consumer {
 #pragma unroll
     for (int n = 0; n < kCols / 8; n++) red_add(sums + n * kThreads * kSumFloats, dq[0][n]);
     if (kDeterministic) named_barrier_arrive(kAddedBarrier, kTurnThreads);
-  }
-
-  // By each warp, when it has finished with a stage.
-  static DEVICE void release(u32 mbarrier) {
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(mbarrier);
   }
 
   // dk and dv through shared memory, over k and v.
@@ -529,7 +510,7 @@ extern "C" __global__ void __launch_bounds__(kBlockThreads, 1)
   const Mask mask(p.call.problem, work.batch);
   const GroupTiles walk(QueryTiles(mask, work.tile, kBlockQ, kBlockKV), work.head,
                         p.call.problem.group);
-  if (warp_uniform(warpgroup_id()) == 0) {
+  if (warpgroup_id() == 0) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x == 0) load(p, work, mask, walk, smem);
     if (kDeterministic && warp_id() == 1) keep_turns(p.call, work, walk);

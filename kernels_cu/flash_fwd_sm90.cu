@@ -394,12 +394,6 @@ struct Consumer {
       named_barrier_arrive(turn_barrier((index + 1) % kConsumers), 2 * kWarpgroupThreads);
   }
 
-  // Once for each warp, when its last lane is done: a lane that still waited for the phase before
-  // could miss two.
-  DEVICE void release(u32 barrier) const {
-    __syncwarp();
-    if (lane_id() == 0) mbarrier_arrive(barrier);
-  }
   DEVICE void release_k() {
     release(smem.k_empty(k_ring));
     k_ring.advance();

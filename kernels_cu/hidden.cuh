@@ -36,6 +36,19 @@ struct RegisterLeft {
   }
 };
 
+// Element (first_row + acc_row(0, 2 r), k) of a left operand in shared memory, of which the tile
+// holds the rows or, kTransposed, the columns.
+template <bool kTransposed, class Tile>
+struct TileLeft {
+  const Tile& tile;
+  int first_row;
+  DEVICE float operator()(int r, int k) const {
+    const int row = first_row + acc_row(0, 2 * r);
+    return to_float<Element>(
+        ld_shared_u16(kTransposed ? tile.address(k, row) : tile.address(row, k)));
+  }
+};
+
 // acc += left b over the rows of tile b, from column first_col on; visible(r, k): whether row
 // acc_row(0, 2 r) of the warp sees row k of b.
 template <int kN, class Left, class Tile, class Visible>

@@ -8,10 +8,20 @@
 constexpr int kWarpgroupThreads = 128;
 constexpr int kWarpgroupRows = 64;
 
-DEVICE int warpgroup_id() { return threadIdx.x / kWarpgroupThreads; }
+// The compiler cannot know that x is the same in all lanes, and wgmma wants it to.
+DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
+DEVICE int warpgroup_id() { return warp_uniform(threadIdx.x / kWarpgroupThreads); }
 DEVICE int warpgroup_thread() { return threadIdx.x % kWarpgroupThreads; }
 // The first of this warp's 16 rows.
 DEVICE int warpgroup_row() { return warp_id() % 4 * 16; }
+
+// Arrives once for each warp, when its last lane is done: a lane that still waited for the phase
+// before could miss two.
+DEVICE void release(u32 mbarrier) {
+  __syncwarp();
+  if (lane_id() == 0) mbarrier_arrive(mbarrier);
+}
 
 // Matrix descriptor (PTX ISA, wgmma): address, leading and stride offsets in units of 16 bytes. No
 // address of shared memory carries out of its field, so constants may be added to the low half.

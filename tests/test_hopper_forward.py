@@ -130,9 +130,9 @@ BUGS = {
     ),
     "barriers-not-shown": (SOURCE, "  __syncthreads();\n\n", "\n", "race:|mbarrier", LONG),
     "a-lane-left-behind": (
-        SOURCE,
-        "    __syncwarp();\n    if (lane_id() == 0) mbarrier_arrive",
-        "    if (lane_id() == 0) mbarrier_arrive",
+        "warpgroup.cuh",
+        "  __syncwarp();\n  if (lane_id() == 0) mbarrier_arrive",
+        "  if (lane_id() == 0) mbarrier_arrive",
         "deadlock:",
         CASES["lengths"],
     ),
