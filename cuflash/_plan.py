@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from cuflash import _params
-from cuflash._checks import MAX_HEAD_DIM
 from cuflash._problem import Problem
 
 KIB = 1024
@@ -341,24 +339,6 @@ def kernels_for(
             plan = backward_plan(traits, capability, deterministic)
             kernels += [plan.prep, plan.main, plan.post]
     return list(dict.fromkeys(kernels))
-
-
-def every_traits() -> Iterator[Traits]:
-    """All that `Traits.of` can give."""
-    dims = range(_HEAD_DIM_STEP, MAX_HEAD_DIM + 1, _HEAD_DIM_STEP)
-    for few_rows in (False, True):
-        for scores in ((False, False), (True, False), (False, True)):
-            for pack_group in (False, True):
-                for vec in VEC_BYTES:
-                    for dtype in ("bfloat16", "float16"):
-                        for head_dim in dims:
-                            for head_dim_v in dims:
-                                traits = Traits(
-                                    dtype, head_dim, head_dim_v, vec, pack_group, *scores, few_rows
-                                )
-                                yield traits
-                                if vec == TMA_BYTES and not few_rows:
-                                    yield replace(traits, tma=True)
 
 
 def padded(head_dim: int) -> int:

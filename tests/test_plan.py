@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from cuflash import _params, _plan
+from cuflash._checks import MAX_HEAD_DIM
 from cuflash._problem import Problem
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+DTYPES = ("bfloat16", "float16")
 PLAIN = _plan.Traits("bfloat16", 128, 128, 16, False, False, False, False)
 
 
@@ -21,11 +26,30 @@ def plain(head_dim: int, head_dim_v: int | None = None) -> _plan.Traits:
     )
 
 
+def every_traits() -> Iterator[_plan.Traits]:
+    """All that `Traits.of` can give."""
+    dims = [size for size in range(1, MAX_HEAD_DIM + 1) if size == _plan.padded(size)]
+    scores = ((False, False), (True, False), (False, True))
+    flags = (False, True)
+    for few_rows, (
+        softcap,
+        scale_first,
+    ), pack_group, vec, dtype, head_dim, head_dim_v in itertools.product(
+        flags, scores, flags, _plan.VEC_BYTES, DTYPES, dims, dims
+    ):
+        traits = _plan.Traits(
+            dtype, head_dim, head_dim_v, vec, pack_group, softcap, scale_first, few_rows
+        )
+        yield traits
+        if vec == _plan.TMA_BYTES and not few_rows:
+            yield replace(traits, tma=True)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_plan_fits(capability: int) -> None:
     limit = _plan.smem_limit(capability)
     count = 0
-    for traits in _plan.every_traits():
+    for traits in every_traits():
         backward = _plan.backward_plan(traits, capability, True)
         kernels = (
             _plan.forward_plan(traits, capability).kernel,
