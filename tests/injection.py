@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import backends
@@ -21,3 +23,13 @@ def put_in(source: str, old: str, new: str, folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(_jit, "kernel_dir", lambda: kernels)
     monkeypatch.setattr(backends, "_emulated_kernel", backends._emulated_kernel.__wrapped__)
     monkeypatch.setenv("CUFLASH_CACHE_DIR", str(folder / "cache"))
+
+
+def assert_noticed(name: str, wanted: str, endings: Iterable[str]) -> None:
+    """One of the runs, under one schedule after the other, ends as the bug has to."""
+    seen = []
+    for ending in endings:
+        if re.search(wanted, ending):
+            return
+        seen.append(ending)
+    pytest.fail(f"{name} ended with {seen}")

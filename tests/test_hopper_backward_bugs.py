@@ -6,14 +6,13 @@ the emulator's message, or a result that differs.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import emulated
-from injection import put_in
+from injection import assert_noticed, put_in
 
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -171,12 +170,7 @@ QUICK = ("ds-barrier", "ds-fence", "full-parity", "half-of-dq", "wide-probs-in-o
 def test_bug_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new, wanted, case = (BUGS | WIDE_BUGS)[name]
     put_in(SOURCE if name in BUGS else WIDE_SOURCE, old, new, tmp_path, monkeypatch)
-    endings = []
-    for schedule in SCHEDULES:
-        endings.append(ending(case, schedule))
-        if re.search(wanted, endings[-1]):
-            return
-    pytest.fail(f"{name} ended with {endings}")
+    assert_noticed(name, wanted, (ending(case, schedule) for schedule in SCHEDULES))
 
 
 def ending(case: Case, schedule: tuple[str, int]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from backends import EmulatedGpu, _arrays_of
 from conftest import emulated
-from injection import put_in
+from injection import assert_noticed, put_in
 
 from cuflash import _launch, _params, _plan
 from cuflash._problem import Problem
@@ -240,12 +239,7 @@ def test_every_head_size(case: Case, schedule: tuple[str, int]) -> None:
 def test_bug_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, old, new, wanted, case = BUGS[name]
     put_in(source, old, new, tmp_path, monkeypatch)
-    endings = []
-    for schedule in SCHEDULES:
-        endings.append(ending(case, schedule))
-        if re.search(wanted, endings[-1]):
-            return
-    pytest.fail(f"{name} ended with {endings}")
+    assert_noticed(name, wanted, (ending(case, schedule) for schedule in SCHEDULES))
 
 
 def ending(case: Case, schedule: tuple[str, int]) -> str:
