@@ -18,6 +18,13 @@ FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 FLOAT64 = np.dtype(np.float64)
 DTYPES = {"cpu": (FLOAT16, BFLOAT16, FLOAT32, FLOAT64), "cuda": (FLOAT16, BFLOAT16)}
+# Of the arrays that a user's expression reads.
+NAMED_DTYPES = (
+    *(np.dtype(x) for x in (np.bool_, np.int32, np.int64)),
+    FLOAT16,
+    BFLOAT16,
+    FLOAT32,
+)
 MAX_HEAD_DIM = 256
 MAX_FACTOR = 1e30  # with 1 / MAX_FACTOR the range of scale and softcap in float32
 MAX_INDEX = 2**31 - 1024  # the kernels count rows, keys and blocks in 32 bits, rounded up to tiles
@@ -263,16 +270,16 @@ class Check(NamedTuple):
             )
         return min(keys, 2 * MAX_OFFSET)  # reaches every key from every offset
 
-    def offset(self, offset: Any, batch: int) -> int | Array | None:
+    def offset(self, offset: Any, batch: int, name: str = "offset") -> int | Array | None:
         if offset is None:
             return None
         if isinstance(offset, np.ndarray) and offset.shape == ():
             offset = offset.item()
         if hasattr(offset, "__dlpack__"):
-            return self.per_batch("offset", offset, batch, -MAX_OFFSET, MAX_OFFSET)
-        value = self.integer("offset", offset)
+            return self.per_batch(name, offset, batch, -MAX_OFFSET, MAX_OFFSET)
+        value = self.integer(name, offset)
         if abs(value) > MAX_OFFSET:
-            self.fail(ValueError, f"offset is {value}; expected at most 2^60 in size")
+            self.fail(ValueError, f"{name} is {value}; expected at most 2^60 in size")
         return value
 
     def lengths(self, name: str, lengths: Any, batch: int, longest: int) -> Array | None:
@@ -288,22 +295,115 @@ class Check(NamedTuple):
                 ValueError,
                 f"{name} has shape {array.shape}; expected ({batch},), one per batch entry",
             )
+        self.values_within(name, array, low, high)
+        return array.astype(np.int64, copy=False) if isinstance(array, np.ndarray) else array
+
+    def mask(self, mask: Array, scores_shape: tuple[int, ...], name: str = "mask") -> Array:
+        self.booleans(name, mask)
+        self.broadcastable(name, mask, scores_shape)
+        return mask
+
+    def booleans(self, name: str, array: Array) -> None:
+        if array.dtype != np.bool_:
+            self.fail(TypeError, f"{name} is {array.dtype}; expected bool (True: attend)")
+
+    def integers(self, name: str, array: Array, shape: tuple[int, ...]) -> None:
+        """An array of integers, of this shape and any values."""
+        if array.dtype.kind not in "iu":
+            self.fail(TypeError, f"{name} is {array.dtype}; expected integers")
+        if array.shape != shape:
+            self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}")
+
+    def intervals(
+        self, name: str, array: Array, batch: int, heads: int, seqlen_q: int, seqlen_k: int
+    ) -> None:
+        """Row intervals per key column: (B, Hk or 1, Sk, 1 or 2), each end from 0 to Sq."""
+        if array.dtype.kind not in "iu":
+            self.fail(TypeError, f"{name} is {array.dtype}; expected integers")
+        shape = array.shape
+        fits = len(shape) == 4 and (shape[0], shape[2]) == (batch, seqlen_k)
+        if not fits or shape[1] not in (1, heads) or shape[3] not in (1, 2):
+            self.fail(
+                ValueError,
+                f"{name} has shape {shape}; expected ({batch}, {heads} or 1, {seqlen_k}, 1 or 2), "
+                "(batch, k heads or 1, Sk, intervals)",
+            )
+        self.values_within(name, array, 0, seqlen_q)
+
+    def blocks(self, name: str, array: Array, shape: tuple[int, int, int, int]) -> None:
+        """A block mask: (nq, nk) or (B or 1, Hq or 1, nq, nk)."""
+        self.booleans(name, array)
+        batch, heads, rows, columns = shape
+        found = array.shape
+        fits = found[-2:] == (rows, columns) and (
+            len(found) == 2
+            or (len(found) == 4 and found[0] in (1, batch) and found[1] in (1, heads))
+        )
+        if not fits:
+            self.fail(
+                ValueError,
+                f"{name} has shape {found}; expected ({rows}, {columns}) or "
+                f"({batch} or 1, {heads} or 1, {rows}, {columns})",
+            )
+
+    def named_array(self, name: str, array: Array) -> None:
+        """An array that a user's expression reads."""
+        if array.dtype not in NAMED_DTYPES:
+            names = ", ".join(map(str, NAMED_DTYPES))
+            self.fail(TypeError, f"{name} is {array.dtype}; expected one of {names}")
+        if not 1 <= array.ndim <= 4:
+            self.fail(ValueError, f"{name} has {array.ndim} axes; expected 1 to 4")
+
+    def values_within(self, name: str, array: Array, low: int, high: int) -> None:
         # Device values cannot be read without waiting for the device: the kernels clamp them.
-        if not isinstance(array, np.ndarray):
-            return array
-        for value in (int(array.min()), int(array.max())) if batch else ():
+        if not isinstance(array, np.ndarray) or not array.size:
+            return
+        for value in (int(array.min()), int(array.max())):
             if not low <= value <= high:
                 self.fail(ValueError, f"{name} holds {value}; expected {low} to {high}")
-        return array.astype(np.int64, copy=False)
 
-    def mask(self, mask: Array | None, scores_shape: tuple[int, ...]) -> Array | None:
-        if mask is None:
+    def alibi_slopes(self, slopes: Array | None, batch: int, heads: int) -> Array | None:
+        if slopes is None:
             return None
-        self.only_on_cpu("mask")
-        if mask.dtype != np.bool_:
-            self.fail(TypeError, f"mask is {mask.dtype}; expected bool (True: attend)")
-        self.broadcastable("mask", mask, scores_shape)
-        return mask
+        self.only_on_cpu("alibi_slopes")
+        self.per_head("alibi_slopes", slopes, ((heads,), (batch, heads)))
+        return slopes
+
+    def sinks(self, sinks: Array | None, heads: int) -> Array | None:
+        if sinks is None:
+            return None
+        self.only_on_cpu("sinks")
+        self.per_head("sinks", sinks, ((heads,),))
+        return sinks
+
+    def per_head(self, name: str, array: Array, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """One floating number per query head."""
+        if array.dtype not in DTYPES["cpu"]:
+            names = ", ".join(map(str, DTYPES["cpu"]))
+            self.fail(TypeError, f"{name} is {array.dtype}; expected one of {names}")
+        if array.shape not in shapes:
+            expected = " or ".join(map(str, shapes))
+            self.fail(
+                ValueError, f"{name} has shape {array.shape}; expected {expected}, per query head"
+            )
+
+    def dropout(self, dropout: Any) -> float:
+        rate = self.number("dropout", dropout)
+        if not 0 <= rate < 1:
+            self.fail(ValueError, f"dropout is {rate}; expected at least 0 and less than 1")
+        if rate:
+            self.only_on_cpu("dropout")
+        return rate
+
+    def seed(self, seed: Any, dropout: float) -> int:
+        if seed is None:
+            if dropout:
+                self.fail(ValueError, "seed is None; expected an integer, with dropout")
+            return 0
+        value = self.integer("seed", seed)
+        if not 0 <= value < 2**64:
+            self.fail(ValueError, f"seed is {value}; expected 0 to 2^64 - 1")
+        return value
 
     def bias(
         self, bias: Array | None, scores_shape: tuple[int, ...], dtype: np.dtype

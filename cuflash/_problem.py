@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash._checks import Array, Check, accumulator_dtype, check_layouts
+from cuflash._mask_tree import Dense, Mask, ScoresShape
+from cuflash.score_mod import ScoreMod
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +26,13 @@ class Problem:
     offset: int | Array | None  # int, (B,) integers, or None: kv_len - q_len
     q_lens: Array | None  # (B,) integers; NumPy's are int64
     kv_lens: Array | None  # (B,) integers; NumPy's are int64
-    mask: Array | None  # boolean, broadcast to (B, Hq, Sq, Sk)
+    mask: Mask | None
     bias: Array | None  # q's dtype or the accumulator's, broadcast to (B, Hq, Sq, Sk)
+    alibi_slopes: Array | None  # (Hq,) or (B, Hq), floating
+    sinks: Array | None  # (Hq,), floating
+    dropout: float  # in [0, 1)
+    seed: int  # of dropout, in [0, 2^64)
+    score_mod: ScoreMod | None
     out: Array | None  # (B, Sq, Hq, Dv): where the caller wants the result
 
     @classmethod
@@ -44,8 +51,13 @@ class Problem:
         softcap: float | None = None,
         q_lens: Array | None = None,
         kv_lens: Array | None = None,
-        mask: Array | None = None,
+        mask: Mask | Array | None = None,
         bias: Array | None = None,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
+        dropout: float = 0.0,
+        seed: int | None = None,
+        score_mod: ScoreMod | None = None,
         out: Array | None = None,
     ) -> Problem:
         """Check everything; `function` is the public name that messages start with."""
@@ -59,9 +71,25 @@ class Problem:
         scores_shape = (batch, heads_q, seqlen_q, seqlen_k)
         if device == "cuda":
             check.addresses({"q": q, "k": k, "v": v, "out": out})
+        if mask is not None:
+            check.only_on_cpu("mask")
+        if score_mod is not None:
+            check.only_on_cpu("score_mod")
+        if mask is not None and not isinstance(mask, Mask):
+            mask = Dense(check.mask(mask, scores_shape))
+        if mask is not None:
+            mask.check(check, ScoresShape(batch, heads_q, k.shape[2], seqlen_q, seqlen_k))
+        if score_mod is not None:
+            if not isinstance(score_mod, ScoreMod):
+                found = type(score_mod).__name__
+                check.fail(TypeError, f"score_mod is a {found}; expected a cuflash.ScoreMod")
+            score_mod.check(check)
         if out is not None:
-            inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
+            inputs = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
             inputs |= {"offset": offset, "q_lens": q_lens, "kv_lens": kv_lens}
+            inputs |= {"alibi_slopes": alibi_slopes}
+            for structure in (mask, score_mod):
+                inputs |= {} if structure is None else structure.arrays()
             check.out(out, (batch, seqlen_q, heads_q, v.shape[3]), q.dtype, inputs)
         return cls(
             device=device,
@@ -74,8 +102,13 @@ class Problem:
             offset=check.offset(offset, batch),
             q_lens=check.lengths("q_lens", q_lens, batch, seqlen_q),
             kv_lens=check.lengths("kv_lens", kv_lens, batch, seqlen_k),
-            mask=check.mask(mask, scores_shape),
+            mask=mask,
             bias=check.bias(bias, scores_shape, q.dtype),
+            alibi_slopes=check.alibi_slopes(alibi_slopes, batch, heads_q),
+            sinks=check.sinks(sinks, heads_q),
+            dropout=(rate := check.dropout(dropout)),
+            seed=check.seed(seed, rate),
+            score_mod=score_mod,
             out=out,
         )
 
@@ -138,6 +171,7 @@ class Gradients(NamedTuple):
     dk: Array
     dv: Array
     dbias: Array | None = None
+    dsinks: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,8 +23,10 @@ from types import ModuleType
 from typing import Any
 
 from cuflash._checks import check_flag
+from cuflash._mask_tree import Mask
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash.interop import receive, warn_of_lost_gradients
+from cuflash.score_mod import ScoreMod
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__
 Integers = Any  # such an array of integers, or a sequence of int
@@ -43,8 +45,13 @@ def attention(
     softcap: float | None = None,
     q_lens: Integers | None = None,
     kv_lens: Integers | None = None,
-    mask: Array | None = None,
+    mask: Mask | Array | None = None,
     bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    score_mod: ScoreMod | None = None,
     return_lse: bool = False,
     out: Array | None = None,
 ) -> Array | tuple[Array, Array]:
@@ -81,10 +88,23 @@ def attention(
         How many queries and keys of each batch entry are valid. What lies past them is never used:
         past q_lens out is 0 and lse is -inf. Values on the host are checked; values on a GPU are
         read there, and clipped to the arrays' lengths.
-    mask : bool array that broadcasts to (B, Hq, Sq, Sk)
+    mask : bool array that broadcasts to (B, Hq, Sq, Sk), or an object of `cuflash.masks`
         True where the query sees the key, if all else lets it. CPU only.
     bias : array that broadcasts to (B, Hq, Sq, Sk)
         Added to the scaled and capped scores; of q's dtype or lse's. CPU only.
+    alibi_slopes : array (Hq,) or (B, Hq), floating
+        Adds -slope * abs(i + offset - j). CPU only.
+    sinks : array (Hq,), floating
+        One more score per query head, which takes probability and has no value; lse counts it, also
+        where a query sees no key. CPU only.
+    dropout : float
+        The share of probabilities that become 0, at least 0 and less than 1; the others grow by
+        1 / (1 - dropout). lse is without it. CPU only.
+    seed : int
+        From 0 to 2^64 - 1, needed with dropout. What is dropped depends on it and on (batch entry,
+        query head, query, key) alone.
+    score_mod : ScoreMod
+        Replaces the scaled and capped scores by a function of them. CPU only.
     return_lse : bool
         Also return lse.
     out : array (B, Sq, Hq, Dv)
@@ -107,7 +127,7 @@ def attention(
     ValueError
         Arrays lie on different devices, or a shape, a stride or a value is not possible.
     NotImplementedError
-        The GPU kernels do not have it: a head size over 256, `mask`, `bias`.
+        The GPU kernels do not have it: a head size over 256, and what is CPU only.
     ImportError, RuntimeError
         The arrays are on a GPU; CuPy is not installed, or cannot use that GPU.
 
@@ -151,8 +171,13 @@ def attention_backward(
     softcap: float | None = None,
     q_lens: Integers | None = None,
     kv_lens: Integers | None = None,
-    mask: Array | None = None,
+    mask: Mask | Array | None = None,
     bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    score_mod: ScoreMod | None = None,
     deterministic: bool = True,
 ) -> Gradients:
     """The gradients of `attention`'s inputs, from the gradient of its result.
@@ -169,15 +194,17 @@ def attention_backward(
         Gradient of the loss with respect to lse; by default none.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias
         As in `attention`.
+    alibi_slopes, sinks, dropout, seed, score_mod
+        As in `attention`.
     deterministic : bool
         The same bits from every run, also on a GPU. False may be faster there.
 
     Returns
     -------
     Gradients
-        A named tuple: `dq`, `dk`, `dv`, each of its input's shape and dtype, and `dbias`, of bias's
-        shape and dtype (None without a bias). What lies past the valid lengths gets 0. dq, dk and
-        dv lie in memory in the order of q, k and v, as `attention`'s out in that of q.
+        A named tuple: `dq`, `dk`, `dv`, each of its input's shape and dtype, and so `dbias` and
+        `dsinks`, or None without a bias or sinks. What lies past the valid lengths gets 0. dq, dk
+        and dv lie in memory in the order of q, k and v, as `attention`'s out in that of q.
 
     Raises
     ------
@@ -210,8 +237,13 @@ def attention_vjp(
     softcap: float | None = None,
     q_lens: Integers | None = None,
     kv_lens: Integers | None = None,
-    mask: Array | None = None,
+    mask: Mask | Array | None = None,
     bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    score_mod: ScoreMod | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
 ) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
@@ -223,6 +255,8 @@ def attention_vjp(
         As in `attention`. They, out and lse are kept until the pullback is let go, uncopied: leave
         their contents alone until then. No scores are kept.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias, return_lse
+        As in `attention`.
+    alibi_slopes, sinks, dropout, seed, score_mod
         As in `attention`.
     deterministic : bool
         As in `attention_backward`.
@@ -244,8 +278,8 @@ def attention_vjp(
     >>> import numpy as np, cuflash
     >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
     >>> out, pullback = cuflash.attention_vjp(q, k, v, causal=True)
-    >>> dq, dk, dv, dbias = pullback(np.ones_like(out))
-    >>> round(float(dv.sum()), 3), out.size  # the probabilities of a query sum to 1
+    >>> grads = pullback(np.ones_like(out))
+    >>> round(float(grads.dv.sum()), 3), out.size  # the probabilities of a query sum to 1
     (24.0, 24)
     """
     return _vjp("attention_vjp", locals())

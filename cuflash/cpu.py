@@ -342,7 +342,7 @@ class _Work:
         scores_shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
         self.mask, self.bias = (
             None if x is None else self.scores_by_key_head(np.broadcast_to(x, scores_shape))
-            for x in (problem.mask, problem.bias)
+            for x in (None if problem.mask is None else problem.mask.array, problem.bias)
         )
         self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
         rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND

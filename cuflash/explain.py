@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cuflash._mask_tree import Mask
 from cuflash._problem import Problem
 from cuflash.attention import Array, Integers, Window
 from cuflash.interop import receive
+from cuflash.score_mod import ScoreMod
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,13 @@ def explain(
     softcap: float | None = None,
     q_lens: Integers | None = None,
     kv_lens: Integers | None = None,
-    mask: Array | None = None,
+    mask: Mask | Array | None = None,
     bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    score_mod: ScoreMod | None = None,
     out: Array | None = None,
 ) -> Explanation:
     """Which backend and kernel `attention` would use for these arguments, and why.
@@ -50,6 +57,8 @@ def explain(
     q, k, v : arrays
         As in `attention`.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias, out
+        As in `attention`.
+    alibi_slopes, sinks, dropout, seed, score_mod
         As in `attention`.
 
     Returns

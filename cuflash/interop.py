@@ -19,12 +19,15 @@ import numpy as np
 
 from cuflash import _dlpack
 from cuflash._checks import BFLOAT16
+from cuflash._mask_tree import Mask
 from cuflash._problem import Array, Problem
+from cuflash.score_mod import ScoreMod
 
 Foreign = Any  # an array of the caller's kind
 
-OPTIONAL_ARRAYS = frozenset({"mask", "bias", "out", "dlse"})
+OPTIONAL_ARRAYS = frozenset({"mask", "bias", "alibi_slopes", "sinks", "out", "dlse"})
 LENGTHS = frozenset({"offset", "q_lens", "kv_lens"})  # may be on the host where q is on a GPU
+STRUCTURES = frozenset({"mask", "score_mod"})  # whose arrays may be on the host likewise
 
 
 class Call(NamedTuple):
@@ -46,9 +49,15 @@ class Call(NamedTuple):
         if self.device == "cpu" or not self.host_lengths:
             return problem
         # CuPy stages small host arrays in pinned memory: the copy waits for nothing.
-        arrays = {name: getattr(problem, name) for name in self.host_lengths}
-        host = {name: x for name, x in arrays.items() if isinstance(x, np.ndarray)}
-        return replace(problem, **{name: _cupy().asarray(x) for name, x in host.items()})
+        host = {name: getattr(problem, name, None) for name in self.host_lengths}
+        changes = {n: _cupy().asarray(x) for n, x in host.items() if isinstance(x, np.ndarray)}
+        for name in STRUCTURES:
+            structure = getattr(problem, name)
+            if structure is not None:
+                arrays = structure.arrays()
+                on_device = {n: _cupy().asarray(x) for n, x in arrays.items()}
+                changes[name] = structure.with_arrays(on_device)
+        return replace(problem, **changes)
 
     def give(self, array: Array | None) -> Foreign:
         """A result as the caller's kind of array."""
@@ -56,7 +65,7 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def receive(function: str, required: Sequence[str], arguments: Mapping[str, Any]) -> Iterator[Call]:
+def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -> Iterator[Call]:
     """Within the block CuPy's current device and stream are the caller's.
 
     The `required` arguments must be arrays, all of one kind and on one device, and the optional
@@ -67,14 +76,23 @@ def receive(function: str, required: Sequence[str], arguments: Mapping[str, Any]
     received = dict(arguments)
     sources: dict[str, Framework] = {}
     host_lengths = []
-    for name, x in arguments.items():
-        if x is None and name not in required:
+    structures = {
+        name: x
+        for name, x in arguments.items()
+        if name in STRUCTURES and isinstance(x, (Mask, ScoreMod))
+    }
+    nested = {
+        name: x for structure in structures.values() for name, x in structure.arrays().items()
+    }
+    received.update(nested)
+    for name, x in (arguments | nested).items():
+        if (x is None and name not in required) or name in structures:
             continue
         if name in required or name in OPTIONAL_ARRAYS:
             if x is not like:
                 _check_home(function, required[0], home, name, _locate(function, name, x))
             sources[name] = framework
-        elif name in LENGTHS:
+        elif name in LENGTHS or name in nested:
             if isinstance(x, (list, tuple, range)):
                 x = received[name] = _host_integers(function, name, x)
             if hasattr(x, "__dlpack__"):
@@ -94,6 +112,10 @@ def receive(function: str, required: Sequence[str], arguments: Mapping[str, Any]
     with framework.context(place):
         for name, source in sources.items():
             received[name] = _share(function, name, source, received[name])
+        for name, structure in structures.items():
+            received[name] = structure.with_arrays(received)
+        for name in nested:
+            del received[name]
         yield Call(received, "cpu" if place == "cpu" else "cuda", framework, like, host_lengths)
 
 

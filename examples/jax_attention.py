@@ -35,7 +35,7 @@ def attention_of(**options):
 
     def backward(saved, dout):
         function = partial(cuflash.attention_backward, **options)
-        dq, dk, dv, _ = call(function, cuflash.Gradients(*saved[:3]), dout, *saved)
+        dq, dk, dv, *_ = call(function, cuflash.Gradients(*saved[:3]), dout, *saved)
         return dq, dk, dv
 
     attention.defvjp(forward, backward)

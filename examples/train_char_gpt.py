@@ -92,7 +92,7 @@ def attention(x: Array, qkv: Array, project: Array, turns: Array) -> tuple[Array
 
     def pullback(dy: Array) -> tuple[Array, Array, Array]:
         dmixed, dproject = pull_project(dy)
-        dq, dk, dv, _ = pull_attention(to_kernel(dmixed.reshape(mixed.shape)))
+        dq, dk, dv, *_ = pull_attention(to_kernel(dmixed.reshape(mixed.shape)))
         dsplit = xp.stack([g.astype(x.dtype, copy=False) for g in (dq, dk, dv)], axis=2)
         rotate(dsplit, turns.conj())
         return *pull_qkv(dsplit.reshape(projected.shape)), dproject

@@ -145,7 +145,7 @@ def test_broadcast_inputs(make: Maker) -> None:
 )
 def test_masks_and_biases_broadcast(shape: tuple[int, ...]) -> None:
     p = Maker("cpu").problem(mask=np.ones(shape, bool), bias=np.zeros(shape, np.float32))
-    assert p.mask.shape == p.bias.shape == shape
+    assert p.mask.array.shape == p.bias.shape == shape
 
 
 # q, k, v

@@ -35,7 +35,9 @@ def python(code: str) -> str:
 
 
 def test_public_names() -> None:
-    assert sorted(cuflash.__all__) == sorted([*FUNCTIONS, "Explanation", "Gradients"])
+    assert sorted(cuflash.__all__) == sorted(
+        [*FUNCTIONS, "Explanation", "Gradients", "ScoreMod", "masks"]
+    )
     assert all(hasattr(cuflash, name) for name in cuflash.__all__)
     assert cuflash.__version__.count(".") == 2
 

@@ -1,0 +1,298 @@
+"""A mask is a tree: its leaves say which queries see which keys, and &, | and ~ join them.
+
+The leaves hold arrays of any framework; `with_arrays` gives the same tree with NumPy or CuPy ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, NoReturn
+
+from cuflash._checks import Array, Check
+
+
+class ScoresShape(NamedTuple):
+    """Of the scores that a mask is for."""
+
+    batch: int
+    heads_q: int
+    heads_k: int
+    seqlen_q: int
+    seqlen_k: int
+
+    @property
+    def scores(self) -> tuple[int, int, int, int]:
+        """(B, Hq, Sq, Sk)."""
+        return (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which queries see which keys. Join masks by ``&``, ``|`` and ``~``."""
+
+    __array_ufunc__ = None  # so that `array & mask` comes to __rand__
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, _mask(other, "&"))
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, _mask(other, "|"))
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __rand__(self, other: Any) -> NoReturn:
+        _mask(other, "&")
+
+    def __ror__(self, other: Any) -> NoReturn:
+        _mask(other, "|")
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("cuflash.masks: a mask is neither true nor false; join masks by &, | and ~")
+
+    def leaves(self) -> list[Leaf]:
+        """The leaves, from left to right; one that stands twice counts twice."""
+        raise NotImplementedError
+
+    def arrays(self) -> dict[str, Any]:
+        """Every array of the leaves, by a name for messages: the leaf's number, kind and field."""
+        return {
+            f"mask leaf {number} ({leaf.kind}) {name}": x
+            for number, leaf in enumerate(self.leaves())
+            for name, x in leaf.own_arrays().items()
+        }
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> Mask:
+        """The same tree with other arrays under the names of `arrays()`."""
+        counter = iter(range(len(self.leaves())))
+        return self._with_arrays(arrays, counter)
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        """`counter`: numbers the leaves from left to right."""
+        raise NotImplementedError
+
+    def check(self, check: Check, shape: ScoresShape) -> None:
+        """Fail where a leaf does not fit scores of this shape."""
+        for number, leaf in enumerate(self.leaves()):
+            leaf.check_own(check, f"mask leaf {number} ({leaf.kind})", shape)
+
+
+@dataclass(frozen=True, eq=False)
+class And(Mask):
+    """Visible to both."""
+
+    left: Mask
+    right: Mask
+
+    def leaves(self) -> list[Leaf]:
+        return self.left.leaves() + self.right.leaves()
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        left = self.left._with_arrays(arrays, counter)
+        return And(left, self.right._with_arrays(arrays, counter))
+
+
+@dataclass(frozen=True, eq=False)
+class Or(Mask):
+    """Visible to one at least."""
+
+    left: Mask
+    right: Mask
+
+    def leaves(self) -> list[Leaf]:
+        return self.left.leaves() + self.right.leaves()
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        left = self.left._with_arrays(arrays, counter)
+        return Or(left, self.right._with_arrays(arrays, counter))
+
+
+@dataclass(frozen=True, eq=False)
+class Not(Mask):
+    """Hidden by it."""
+
+    inner: Mask
+
+    def leaves(self) -> list[Leaf]:
+        return self.inner.leaves()
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        return Not(self.inner._with_arrays(arrays, counter))
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf(Mask):
+    """A mask of one rule."""
+
+    kind = ""
+
+    def leaves(self) -> list[Leaf]:
+        return [self]
+
+    def own_arrays(self) -> dict[str, Any]:
+        """The fields that hold arrays, or sequences that stand for one."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: x for name, x in values.items() if not isinstance(x, (int, type(None)))}
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        prefix = f"mask leaf {next(counter)} ({self.kind}) "
+        return replace(self, **{name: arrays[prefix + name] for name in self.own_arrays()})
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        """Fail where this leaf does not fit scores of this shape; `name` begins messages."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Band(Leaf):
+    """Key j is visible to query i where i + offset - left <= j <= i + offset + right."""
+
+    left: int | None
+    right: int | None
+    offset: int | Array | None  # int, (B,) integers, or None: the call's
+    kind = "window"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        check.offset(self.offset, shape.batch, f"{name} offset")
+
+
+@dataclass(frozen=True, eq=False)
+class Lengths(Leaf):
+    """j < kv_lens[b] and i < q_lens[b]."""
+
+    kv_lens: Array | None  # (B,)
+    q_lens: Array | None  # (B,)
+    kind = "lengths"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        check.lengths(f"{name} kv_lens", self.kv_lens, shape.batch, shape.seqlen_k)
+        check.lengths(f"{name} q_lens", self.q_lens, shape.batch, shape.seqlen_q)
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Leaf):
+    """q_ids[b, i] == kv_ids[b, j]."""
+
+    q_ids: Array  # (B, Sq)
+    kv_ids: Array | None  # (B, Sk); None: q_ids
+    kind = "documents"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        check.integers(f"{name} q_ids", self.q_ids, (shape.batch, shape.seqlen_q))
+        kv_name = "q_ids, which are also kv_ids," if self.kv_ids is None else "kv_ids"
+        check.integers(f"{name} {kv_name}", self.ids_of_keys, (shape.batch, shape.seqlen_k))
+
+    @property
+    def ids_of_keys(self) -> Array:
+        """(B, Sk)."""
+        return self.q_ids if self.kv_ids is None else self.kv_ids
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Leaf):
+    """j < n[b]."""
+
+    n: Array  # (B,)
+    kind = "prefix"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        check.lengths(f"{name} n", self.n, shape.batch, shape.seqlen_k)
+
+
+@dataclass(frozen=True, eq=False)
+class Intervals(Leaf):
+    """Query i lies in no [start[b, h, j, c], end[b, h, j, c]); h is a key head."""
+
+    start: Array  # (B, Hk or 1, Sk, 1 or 2)
+    end: Array  # as start
+    kind = "intervals"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        for side, x in (("start", self.start), ("end", self.end)):
+            check.intervals(
+                f"{name} {side}", x, shape.batch, shape.heads_k, shape.seqlen_q, shape.seqlen_k
+            )
+        if self.start.shape != self.end.shape:
+            check.fail(
+                ValueError,
+                f"{name} start has shape {self.start.shape}, end has {self.end.shape}; "
+                "expected the same",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Leaf):
+    """array[..., i // block_q, j // block_k]."""
+
+    array: Array  # bool, (nq, nk) or (B or 1, Hq or 1, nq, nk)
+    block_q: int
+    block_k: int
+    kind = "blocks"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        rows = math.ceil(shape.seqlen_q / self.block_q)
+        columns = math.ceil(shape.seqlen_k / self.block_k)
+        check.blocks(f"{name} array", self.array, (shape.batch, shape.heads_q, rows, columns))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Leaf):
+    """The array itself."""
+
+    array: Array  # bool, broadcasts to (B, Hq, Sq, Sk)
+    kind = "dense"
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        check.mask(self.array, shape.scores, f"{name} array")
+
+
+@dataclass(frozen=True, eq=False)
+class Expression(Leaf):
+    """Visible where a user's expression is true."""
+
+    code: str  # CUDA C++ over b, h, i, j and the names of `named`
+    named: dict[str, Array]
+    function: Callable[..., Any] | None  # of NumPy arrays b, h, i, j and the named ones
+    kind = "expression"
+
+    def own_arrays(self) -> dict[str, Any]:
+        return dict(self.named)
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        prefix = f"mask leaf {next(counter)} ({self.kind}) "
+        return replace(self, named={name: arrays[prefix + name] for name in self.named})
+
+    def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        for array_name, x in self.named.items():
+            check.named_array(f"{name} {array_name}", x)
+        if check.device == "cpu" and self.function is None:
+            check.fail(
+                NotImplementedError,
+                f"{name} has no function; the cpu backend evaluates a NumPy function, "
+                "masks.expression(code, function)",
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Compiled(Mask):
+    """A mask with the tables of its tiles, which calls add and share."""
+
+    inner: Mask
+    tables: dict[Any, Any]  # by all that a table depends on but the mask's data
+
+    def leaves(self) -> list[Leaf]:
+        return self.inner.leaves()
+
+    def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
+        return Compiled(self.inner._with_arrays(arrays, counter), self.tables)
+
+
+def _mask(other: Any, operator: str) -> Mask:
+    if isinstance(other, Mask):
+        return other
+    raise TypeError(
+        f"cuflash.masks: {operator} joins a mask and a {type(other).__name__}; expected two masks "
+        "(cuflash.masks.dense makes one of a boolean array)"
+    )

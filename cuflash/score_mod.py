@@ -1,0 +1,112 @@
+"""A function of the user's own on the scores, compiled into the kernels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from cuflash._checks import Array, Check
+
+RESERVED_NAMES = frozenset({"score", "b", "h", "i", "j"})
+_NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMod:
+    """A score becomes a function of itself, its place and arrays of the user's.
+
+    It acts on the scaled and capped score, before ALiBi and bias: scale, softcap, score_mod, bias.
+
+    Parameters
+    ----------
+    forward : str
+        A CUDA C++ expression of the new score: of `score` (float), `b`, `h`, `i`, `j` (int: batch
+        entry, query head, query, key) and the named arrays. On a GPU it is compiled into the
+        kernels.
+    backward : str
+        The derivative of that expression with respect to `score`, of the same names. Needed by
+        a backward pass on a GPU.
+    numpy_forward, numpy_backward : callable
+        The same two as functions of NumPy arrays that broadcast to a tile of scores,
+        ``f(score, b, h, i, j, **arrays)``. Needed on the CPU.
+    arrays : mapping of names to arrays
+        What the expressions read as ``name(index, ...)``, one index per axis, each of which is
+        clipped to the axis; the functions get the whole arrays by keyword. bool, int32, int64,
+        float16, bfloat16 or float32, of one to four axes. They get no gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An expression is no string or empty, a name is no identifier or is taken.
+
+    Examples
+    --------
+    >>> import numpy as np, cuflash
+    >>> distance = cuflash.ScoreMod(
+    ...     "score - 0.5f * abs(i - j)",
+    ...     "1.f",
+    ...     numpy_forward=lambda score, b, h, i, j: score - 0.5 * abs(i - j),
+    ...     numpy_backward=lambda score, b, h, i, j: np.ones_like(score),
+    ... )
+    >>> q = k = v = np.ones((1, 2, 1, 4), np.float32)
+    >>> cuflash.attention(q, k, v, score_mod=distance).shape
+    (1, 2, 1, 4)
+
+    Notes
+    -----
+    Method: FlexAttention's score_mod (Dong et al. 2024, arXiv:2412.05496), with the derivative by
+    hand.
+    """
+
+    forward: str
+    backward: str | None = None
+    numpy_forward: Callable[..., Any] | None = None
+    numpy_backward: Callable[..., Any] | None = None
+    named: Mapping[str, Array] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_expression("ScoreMod", "forward", self.forward)
+        if self.backward is not None:
+            check_expression("ScoreMod", "backward", self.backward)
+        check_names("ScoreMod", self.named)
+
+    def arrays(self) -> dict[str, Any]:
+        """The named arrays, by a name for messages."""
+        return {f"score_mod {name}": x for name, x in self.named.items()}
+
+    def with_arrays(self, arrays: Mapping[str, Any]) -> ScoreMod:
+        """The same expressions with other arrays under the names of `arrays()`."""
+        return replace(self, named={name: arrays[f"score_mod {name}"] for name in self.named})
+
+    def check(self, check: Check) -> None:
+        """Fail where the device cannot use it."""
+        for name, x in self.arrays().items():
+            check.named_array(name, x)
+        if check.device == "cpu" and self.numpy_forward is None:
+            check.fail(
+                NotImplementedError,
+                "score_mod has no numpy_forward; the cpu backend evaluates a NumPy function",
+            )
+
+
+def check_expression(function: str, name: str, code: Any) -> None:
+    """Fail unless `code` is the text of one expression."""
+    if not isinstance(code, str):
+        raise TypeError(
+            f"cuflash.{function}: {name} is a {type(code).__name__}; expected a CUDA C++ "
+            "expression, a string"
+        )
+    if not code.strip():
+        raise ValueError(f"cuflash.{function}: {name} is empty; expected a CUDA C++ expression")
+
+
+def check_names(function: str, named: Mapping[str, Any]) -> None:
+    """Fail unless every name can stand in an expression."""
+    for name in named:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in RESERVED_NAMES:
+            raise ValueError(
+                f"cuflash.{function}: {name!r} names an array; expected a C identifier other than "
+                + ", ".join(sorted(RESERVED_NAMES))
+            )
