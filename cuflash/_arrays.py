@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
@@ -47,28 +48,58 @@ def exp2(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def hide(x: np.ndarray, hidden: np.ndarray | None, value: float) -> np.ndarray:
-    """Overwrite what is not seen, in place."""
+class Hidden(NamedTuple):
+    """The pairs of a tile that do not see each other, (heads, group * rows, keys)."""
+
+    group: int
+    # Columns, and True where hidden, which broadcasts to (heads, group, rows, those columns).
+    parts: list[tuple[slice, np.ndarray]]
+
+    def array(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """All pairs of a tile of this shape, True where hidden."""
+        return hide(np.zeros(shape, bool), self, True)
+
+    def whole_rows(self, shape: tuple[int, int, int]) -> np.ndarray:
+        """(heads, group * rows) of a tile of this shape, True where a row sees none of the keys."""
+        if sum(columns.stop - columns.start for columns, _ in self.parts) < shape[-1]:
+            return np.zeros(shape[:-1], bool)
+        by_head = np.ones((shape[0], self.group, shape[1] // self.group), bool)
+        for _, where in self.parts:
+            by_head &= where.all(axis=-1)
+        return by_head.reshape(shape[:-1])
+
+
+def hide(x: np.ndarray, hidden: Hidden | None, value: float) -> np.ndarray:
+    """Overwrite what is not seen of a contiguous (heads, group * rows, keys), in place."""
     if hidden is not None:
-        np.copyto(x, value, where=hidden)
+        heads, rows, keys = x.shape
+        by_head = x.reshape(heads, hidden.group, rows // hidden.group, keys)
+        for columns, where in hidden.parts:
+            np.copyto(by_head[..., columns], value, where=where)
     return x
 
 
-def product(weights: np.ndarray, values: np.ndarray, hidden: np.ndarray | None) -> np.ndarray:
+def product(
+    weights: np.ndarray, values: np.ndarray, hidden: Hidden | None, by_key: bool = False
+) -> np.ndarray:
     """weights @ values; a hidden pair adds nothing, although 0 * NaN and 0 * inf are NaN.
 
-    A hidden weight is 0, or is not finite and overwritten with 0.
+    A hidden weight is 0, or is not finite and overwritten with 0. `by_key`: the product sums over
+    the rows, transposed(weights) @ values.
     """
-    total = weights @ values
+    factor = transposed(weights) if by_key else weights
+    total = factor @ values
     # What is not finite, on either side, shows in the product: few numbers to look at.
     if hidden is None or np.isfinite(np.vdot(total, total)):
         return total
-    weights, hidden = hide(weights, hidden, 0), np.broadcast_to(hidden, weights.shape)
+    hide(weights, hidden, 0)
+    seen = ~hidden.array(weights.shape)
+    seen = transposed(seen) if by_key else seen
     bad = ~np.isfinite(values).all(axis=-1)
-    total = weights @ np.where(bad[..., None], 0, values)
+    total = factor @ np.where(bad[..., None], 0, values)
     for head, i in zip(*bad.nonzero(), strict=True):
-        seen = ~hidden[head, :, i]
-        total[head, seen] += weights[head, seen, i, None] * values[head, i]
+        some = seen[head, :, i]
+        total[head, some] += factor[head, some, i, None] * values[head, i]
     return total
 
 

@@ -9,10 +9,6 @@ Backward, the reference is lse. A column that rides along with each operand spar
     [q * scale, -lse] @ [k, 1]ᵀ = scores - lse       the probabilities' logarithm
     [dout, -delta] @ [v, 1]ᵀ    = dprobs - delta     the gradient of the scores / probabilities
 
-A tile is (heads, group * rows, keys): some key heads of one batch entry, and for each of them all
-query heads that read it, so that k and v are read once per group and never repeated. Tiles depend
-on the shapes alone, not on the number of threads, and so does every bit of the result.
-
 Inside, scores are in units of log 2, because exp2 is twice as fast as exp.
 """
 
@@ -20,14 +16,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from cuflash._arrays import (
     LN_2,
-    LOG2_E,
-    Scratch,
+    Hidden,
     empty_like,
     exp2,
     hide,
@@ -38,15 +32,8 @@ from cuflash._arrays import (
 )
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._threads import for_each
-from cuflash._tiles import Band, blocks, visible_tiles
-
-# Rows and keys of a tile: scores that a core's L2 cache holds, a MiB of float32, in few steps of
-# Python. Where rows see a band of keys, fewer rows waste less of its edges.
-TILE = (512, 512)
-TILE_OF_BAND = (256, 512)
-
-# Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
-MANY_TASKS = 16
+from cuflash._tiles import blocks
+from cuflash._work import MANY_TASKS, Item, Tile, Work
 
 # A row's reference stays while its sum of exponentials is between 1 / LARGEST_SUM and LARGEST_SUM.
 LARGEST_SUM = 2.0**24
@@ -59,12 +46,12 @@ def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
     if not lse.size:
         return out, lse
-    work = _Work(problem, splits_rows=True)
+    work = Work(problem, splits_rows=True)
     for batch, band in enumerate(work.bands):
         out[batch, band.rows :] = 0
     out_by_head, lse_by_head = work.by_key_head(out), work.rows_by_key_head(lse)
 
-    def attend(task: tuple[_Item, slice]) -> None:
+    def attend(task: tuple[Item, slice]) -> None:
         item, rows = task
         with np.errstate(all="ignore"):
             _attend(item, rows, out_by_head[item.index], lse_by_head[item.index])
@@ -85,16 +72,16 @@ def backward(gradient: GradientProblem) -> Gradients:
     if not problem.q.size or not problem.k.size:
         inputs = (problem.q, problem.k, problem.v, problem.bias)
         return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
-    work = _Work(problem, splits_rows=False)
+    work = Work(problem, splits_rows=False)
     sums = _GradientSums(work)
     loaded: dict[tuple[int, int], list[_RowBlock]] = {}
 
-    def load(item: _Item) -> list[_RowBlock]:
+    def load(item: Item) -> list[_RowBlock]:
         rows = blocks(slice(0, item.band.rows), work.tile_rows)
         with np.errstate(all="ignore"):
             return [_RowBlock.load(item, gradient, some) for some in rows]
 
-    def differentiate(task: tuple[int, list[_Item]]) -> None:
+    def differentiate(task: tuple[int, list[Item]]) -> None:
         split, family = task
         with np.errstate(all="ignore"):
             for item in family:
@@ -109,17 +96,15 @@ def backward(gradient: GradientProblem) -> Gradients:
         return sums.gradients()
 
 
-def _attend(item: _Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
+def _attend(item: Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
     """Write some rows of out (heads, group, Sq, Dv) and lse (heads, group, Sq)."""
     work, softmaxes = item.work, {}
     for tile_rows in blocks(rows, work.tile_rows):
         softmaxes[tile_rows.start] = _OnlineSoftmax(work, item.query(tile_rows))
     for keys in blocks(item.band.keys_of(rows), work.tile_keys):
         key, value = item.keys_and_values(keys)
-        for tile_rows, seen in visible_tiles(item.band, rows, keys, work.tile_rows):
-            tile = item.tile(tile_rows, seen, keys, key, value)
-            if tile is not None:
-                softmaxes[tile_rows.start].step(tile)
+        for tile in item.tiles(rows, keys, key, value):
+            softmaxes[tile.rows.start].step(tile)
     for tile_rows in blocks(rows, work.tile_rows):
         softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows])
 
@@ -127,45 +112,47 @@ def _attend(item: _Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
 class _OnlineSoftmax:
     """What a tile of rows has gathered from the keys seen so far."""
 
-    def __init__(self, work: _Work, query: np.ndarray) -> None:
+    def __init__(self, work: Work, query: np.ndarray) -> None:
         self.work = work
         self.query = query  # (heads, group * rows, D), scaled
         self.numerator: np.ndarray | None = None  # (heads, group * rows, Dv), after the first tile
         self.denominator = np.zeros(query.shape[:2], work.dtype)
         self.reference: np.ndarray | None = None  # 0 for every row
 
-    def step(self, tile: _Tile) -> None:
+    def step(self, tile: Tile) -> None:
         """Attend to one more tile of keys."""
-        scores = self.scores(tile)
-        probs = hide(exp2(scores), tile.hidden, 0)
+        hidden = tile.hidden
+        probs = hide(exp2(self.scores(tile)), hidden, 0)
         total = probs @ self.work.ones[: probs.shape[-1]]
-        if not self.in_range(total, tile.hidden):
-            scores = hide(self.scores(tile), tile.hidden, -np.inf)
+        if not self.in_range(total, probs.shape, hidden):
+            scores = hide(self.scores(tile), hidden, -np.inf)
             self.raise_reference(scores)
             probs = exp2(scores)
             total = probs @ self.work.ones[: probs.shape[-1]]
-        weighted = product(probs, tile.value, tile.hidden)
+        weighted = product(probs, tile.value, hidden)
         if self.numerator is None:
             self.numerator = weighted
         else:
             self.numerator += weighted
         self.denominator += total
 
-    def scores(self, tile: _Tile) -> np.ndarray:
+    def scores(self, tile: Tile) -> np.ndarray:
         """(heads, group * rows, keys), less the reference of each row."""
         scores = _scores(self.work, self.query, tile.key, tile.bias)
         if self.reference is not None:
             scores -= self.reference[..., None]
         return scores
 
-    def in_range(self, total: np.ndarray, hidden: np.ndarray | None) -> bool:
+    def in_range(
+        self, total: np.ndarray, shape: tuple[int, int, int], hidden: Hidden | None
+    ) -> bool:
         """Whether no row's exponentials overflowed or vanished; NaN is out of range."""
         if not total.max() <= LARGEST_SUM:
             return False
         if total.min() >= 1 / LARGEST_SUM:
             return True
         fits = self.denominator + total >= 1 / LARGEST_SUM
-        return bool(fits.all() or (hidden is not None and (fits | hidden.all(axis=-1)).all()))
+        return bool(fits.all() or (hidden is not None and (fits | hidden.whole_rows(shape)).all()))
 
     def raise_reference(self, scores: np.ndarray) -> None:
         """Make each row's reference its largest score so far, and all that is relative to it."""
@@ -195,7 +182,7 @@ class _OnlineSoftmax:
 
 
 def _differentiate(
-    item: _Item, row_blocks: list[_RowBlock], sums: _GradientSums, split: int
+    item: Item, row_blocks: list[_RowBlock], sums: _GradientSums, split: int
 ) -> None:
     """Add what every `splits`-th block of keys contributes to the gradients of some heads."""
     work, band = item.work, item.band
@@ -204,21 +191,18 @@ def _differentiate(
         key, value = item.keys_and_values(keys)
         dkey, dvalue = np.zeros_like(key), np.zeros_like(value)
         key, value = (packed(x[:, None], work.dtype, columns=1) for x in (key, value))
-        for rows, seen in visible_tiles(band, slice(0, band.rows), keys, work.tile_rows):
-            tile = item.tile(rows, seen, keys, key, value)
-            if tile is None:
-                continue
-            index = rows.start // work.tile_rows
-            block = row_blocks[index]
+        for tile in item.tiles(slice(0, band.rows), keys, key, value):
+            index = tile.rows.start // work.tile_rows
+            block, hidden = row_blocks[index], tile.hidden
             probs, dscores, slope = block.differentiate_softmax(work, tile)
-            sums.add_bias(item, rows, seen, split, dscores)
+            sums.add_bias(tile, split, dscores)
             if slope is not None:
                 dscores *= slope
+            (seen,) = (run.keys for run in tile.runs)
             part = (slice(None), slice(seen.start - keys.start, seen.stop - keys.start))
-            hidden_t = transposed(tile.hidden)
-            dvalue[part] += product(transposed(probs), block.dout[..., :-1], hidden_t)
-            dkey[part] += product(transposed(dscores), block.query[..., :-1], hidden_t)
-            dqueries[index] += product(dscores, tile.key[..., :-1], tile.hidden)
+            dvalue[part] += product(probs, block.dout[..., :-1], hidden, by_key=True)
+            dkey[part] += product(dscores, block.query[..., :-1], hidden, by_key=True)
+            dqueries[index] += product(dscores, tile.key[..., :-1], hidden)
         np.multiply(dkey, LN_2, out=sums.dk[item.index][:, 0, keys], casting="same_kind")
         sums.dv[item.index][:, 0, keys] = dvalue
     for block, dquery in zip(row_blocks, dqueries, strict=True):
@@ -236,7 +220,7 @@ class _RowBlock:
     dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta
 
     @classmethod
-    def load(cls, item: _Item, gradient: GradientProblem, rows: slice) -> _RowBlock:
+    def load(cls, item: Item, gradient: GradientProblem, rows: slice) -> _RowBlock:
         work = item.work
 
         def some(x: np.ndarray) -> np.ndarray:
@@ -259,7 +243,7 @@ class _RowBlock:
         return cls(rows, query, dout)
 
     def differentiate_softmax(
-        self, work: _Work, tile: _Tile
+        self, work: Work, tile: Tile
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Probabilities, the gradient of the scores, and the slope of the softcap."""
         shape = (*self.query.shape[:2], tile.key.shape[1])
@@ -282,7 +266,7 @@ class _RowBlock:
 class _GradientSums:
     """Where the gradients are added up; no two tasks add to the same elements."""
 
-    def __init__(self, work: _Work) -> None:
+    def __init__(self, work: Work) -> None:
         problem = work.problem
         self.work = work
         key_blocks = math.ceil(problem.seqlen_k / work.tile_keys)
@@ -303,22 +287,21 @@ class _GradientSums:
             copies = self.splits if work.bias_shape[3] == 1 else 1
             self.dbias_copies = [np.zeros(work.bias_shape, work.dtype) for _ in range(copies)]
 
-    def add_bias(
-        self, item: _Item, rows: slice, keys: slice, split: int, dscores: np.ndarray
-    ) -> None:
+    def add_bias(self, tile: Tile, split: int, dscores: np.ndarray) -> None:
         """Add a tile's part of dbias, summed along the axes that share a bias."""
         if self.work.problem.bias is None:
             return
         dbias = self.work.scores_by_key_head(self.dbias_copies[split % len(self.dbias_copies)])
-        batch = slice(item.batch, item.batch + 1)
-        index = (batch, item.heads, slice(None), rows, keys)
+        batch = slice(tile.item.batch, tile.item.batch + 1)
         shared = [n == 1 for n in dbias.shape]
-        target = dbias[
-            tuple(slice(None) if one else i for one, i in zip(shared, index, strict=True))
-        ]
-        by_head = dscores.reshape(1, dscores.shape[0], self.work.group, -1, dscores.shape[-1])
         axes = tuple(axis for axis, one in enumerate(shared) if one)
-        target += by_head.sum(axis=axes, keepdims=True)
+        by_head = dscores.reshape(1, dscores.shape[0], self.work.group, -1, dscores.shape[-1])
+        for columns, keys in tile.columns:
+            index = (batch, tile.item.heads, slice(None), tile.rows, keys)
+            target = dbias[
+                tuple(slice(None) if one else i for one, i in zip(shared, index, strict=True))
+            ]
+            target += by_head[..., columns].sum(axis=axes, keepdims=True)
 
     def gradients(self) -> Gradients:
         """The finished gradients in the dtypes of their inputs."""
@@ -328,138 +311,8 @@ class _GradientSums:
         return Gradients(_sum_of(self.dq_copies, problem.dtype), self.all_dk, self.all_dv, dbias)
 
 
-class _Work:
-    """A problem's arrays by key head, and how they are cut."""
-
-    def __init__(self, problem: Problem, splits_rows: bool) -> None:
-        self.problem = problem
-        self.dtype = problem.lse_dtype
-        self.group = problem.group
-        self.scale = problem.scale * LOG2_E
-        self.softcap = problem.softcap * LOG2_E
-        self.q = self.by_key_head(problem.q)
-        self.k, self.v = (self.by_key_head(x, 1) for x in (problem.k, problem.v))
-        scores_shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
-        self.mask, self.bias = (
-            None if x is None else self.scores_by_key_head(np.broadcast_to(x, scores_shape))
-            for x in (None if problem.mask is None else problem.mask.array, problem.bias)
-        )
-        self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
-        rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
-        self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
-        self.tile_keys = max(1, min(problem.seqlen_k, keys))
-        items = problem.batch * problem.heads_k
-        tile_size = self.group * self.tile_rows * self.tile_keys
-        tiles = math.ceil(problem.seqlen_q / self.tile_rows)
-        # Several heads to a tile mean less Python, where there are enough tasks without them.
-        tasks = items * tiles if splits_rows else items
-        self.tile_heads = max(1, min(math.prod(TILE) // tile_size, tasks // MANY_TASKS))
-        tasks_of_item = math.ceil(MANY_TASKS * self.tile_heads / max(1, items))
-        self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
-        self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
-        self.ones = np.ones(self.tile_keys, self.dtype)
-
-    @property
-    def bias_shape(self) -> tuple[int, ...]:
-        """The bias's own shape, with all four axes."""
-        return (1,) * (4 - self.problem.bias.ndim) + self.problem.bias.shape
-
-    def items(self) -> list[_Item]:
-        """What shares no output."""
-        heads = list(blocks(slice(0, self.problem.heads_k), self.tile_heads))
-        return [_Item(self, batch, some) for batch in range(self.problem.batch) for some in heads]
-
-    def families(self) -> list[list[_Item]]:
-        """Items that share elements of dbias: one thread adds to them, in order."""
-        shared = (False, False)
-        if self.bias is not None:
-            shared = (self.bias_shape[0] == 1, self.bias_shape[1] == 1)
-        families: dict[tuple[int, int], list[_Item]] = {}
-        for item in self.items():
-            key = (0 if shared[0] else item.batch, 0 if shared[1] else item.heads.start)
-            families.setdefault(key, []).append(item)
-        return list(families.values())
-
-    def by_key_head(self, x: np.ndarray, group: int | None = None) -> np.ndarray:
-        """A view: (B, S, H, D) to (B, Hk, group, S, D)."""
-        group = self.group if group is None else group
-        batch, seqlen, heads, size = x.shape
-        return x.reshape(batch, seqlen, heads // group, group, size).transpose(0, 2, 3, 1, 4)
-
-    def rows_by_key_head(self, x: np.ndarray) -> np.ndarray:
-        """A view: (B, Hq, Sq) to (B, Hk, group, Sq)."""
-        return x.reshape(x.shape[0], x.shape[1] // self.group, self.group, x.shape[2])
-
-    def scores_by_key_head(self, x: np.ndarray) -> np.ndarray:
-        """A view: (B or 1, Hq or 1, Sq or 1, Sk or 1) to (B, Hk, group, Sq, Sk), or 1 likewise."""
-        group = 1 if x.shape[1] == 1 else self.group
-        return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:])
-
-
-class _Tile(NamedTuple):
-    """What a tile of rows reads of a block of keys; the backward's keys have a column of 1."""
-
-    key: np.ndarray  # (heads, keys, D) or (heads, keys, D + 1)
-    value: np.ndarray  # (heads, keys, Dv) or (heads, keys, Dv + 1)
-    bias: np.ndarray | None  # (heads, group, rows, keys)
-    hidden: np.ndarray | None  # (1 or heads, group * rows, keys), True where not seen
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """Some key heads of one batch entry, and the query heads that read them."""
-
-    work: _Work
-    batch: int
-    heads: slice
-
-    @property
-    def start(self) -> tuple[int, int]:
-        """The batch entry and the first key head: no two items have the same."""
-        return (self.batch, self.heads.start)
-
-    @property
-    def index(self) -> tuple[int, slice]:
-        """Into arrays by key head."""
-        return (self.batch, self.heads)
-
-    @property
-    def band(self) -> Band:
-        return self.work.bands[self.batch]
-
-    def query(self, rows: slice, columns: int = 0) -> np.ndarray:
-        """(heads, group * rows, D + columns), scaled."""
-        work = self.work
-        return packed(work.q[self.index][:, :, rows], work.dtype, columns, work.scale)
-
-    def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
-        """(heads, keys, D) and (heads, keys, Dv)."""
-        work = self.work
-        key, value = (x[self.index][:, 0, keys] for x in (work.k, work.v))
-        return key.astype(work.dtype, copy=False), value.astype(work.dtype, copy=False)
-
-    def tile(
-        self, rows: slice, seen: slice, keys: slice, key: np.ndarray, value: np.ndarray
-    ) -> _Tile | None:
-        """What these rows see of a block of keys, or None if a mask hides all of it."""
-        hidden, bias, group = self.band.hidden(rows, seen), None, self.work.group
-        if self.work.mask is not None:
-            masked = ~self.work.mask[self.index][:, :, rows, seen]
-            hidden = masked if hidden is None else hidden | masked
-            if hidden.all():
-                return None
-        if hidden is not None:
-            if hidden.ndim == 2:  # the same for every head
-                hidden = np.concatenate([hidden] * group) if group > 1 else hidden
-            hidden = hidden.reshape(-1, group * (rows.stop - rows.start), hidden.shape[-1])
-        if self.work.bias is not None:
-            bias = self.work.bias[self.index][:, :, rows, seen]
-        part = slice(seen.start - keys.start, seen.stop - keys.start)
-        return _Tile(key[:, part], value[:, part], bias, hidden)
-
-
 def _scores(
-    work: _Work,
+    work: Work,
     query: np.ndarray,
     key: np.ndarray,
     bias: np.ndarray | None,

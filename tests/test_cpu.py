@@ -16,7 +16,7 @@ import pytest
 import threadpoolctl
 
 import cuflash
-from cuflash import _threads, cpu, reference
+from cuflash import _threads, _work, cpu, reference
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._tiles import Band, blocks, visible_tiles
 
@@ -26,8 +26,8 @@ TILE = 16
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that small problems have many of them."""
-    monkeypatch.setattr(cpu, "TILE", (TILE, 2 * TILE))
-    monkeypatch.setattr(cpu, "TILE_OF_BAND", (TILE, 2 * TILE))
+    monkeypatch.setattr(_work, "TILE", (TILE, 2 * TILE))
+    monkeypatch.setattr(_work, "TILE_OF_BAND", (TILE, 2 * TILE))
 
 
 def tensors(
