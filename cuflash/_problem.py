@@ -205,4 +205,6 @@ class GradientProblem:
         check.like("lse", lse, forward.lse_shape, forward.lse_dtype)
         if dlse is not None:
             check.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
+        if forward.score_mod is not None:
+            forward.score_mod.check_backward(check)
         return cls(forward, dout, out, lse, dlse, check.flag("deterministic", deterministic))

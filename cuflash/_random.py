@@ -24,6 +24,23 @@ BLOCK = 2 * HALF
 STRIP = 2**14
 
 
+def dropped(
+    rate: float,
+    seed: int,
+    batches: np.ndarray,
+    heads: np.ndarray,
+    rows: np.ndarray,
+    keys: np.ndarray,
+) -> np.ndarray:
+    """Which elements of a grid dropout sets to 0: bool (batches, heads, rows, keys)."""
+    return random_bits(seed, batches, heads, rows, keys) < np.uint32(threshold(rate))
+
+
+def threshold(rate: float) -> int:
+    """Random bits below it drop their element: a share of `rate` of all 2^32."""
+    return int(rate * 2**32)
+
+
 def random_bits(
     seed: int, batches: np.ndarray, heads: np.ndarray, rows: np.ndarray, keys: np.ndarray
 ) -> np.ndarray:

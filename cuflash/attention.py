@@ -22,7 +22,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from cuflash._checks import check_flag
+from cuflash._checks import Check, check_flag
 from cuflash._mask_tree import Mask
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash.interop import receive, warn_of_lost_gradients
@@ -298,6 +298,8 @@ def _forward(
     with receive(function, ("q", "k", "v"), arguments) as call:
         del call.arguments["return_lse"]
         problem = call.upload(Problem.create(function, call.device, **call.arguments))
+        if has_pullback and problem.score_mod is not None:
+            problem.score_mod.check_backward(Check(function, call.device))
         out, lse = _backend(call.device).forward(problem)
         out = call.give(out) if problem.out is None else arguments["out"]
         return (out, call.give(lse)) if return_lse else out

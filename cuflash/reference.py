@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from cuflash._problem import Gradients
+from cuflash._random import dropped
+from cuflash.score_mod import ScoreMod
 
 
 def attention(
@@ -25,6 +27,11 @@ def attention(
     kv_lens: np.ndarray | None = None,
     mask: np.ndarray | None = None,
     bias: np.ndarray | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attend, and keep the logarithm of each row's sum of exponentials.
 
@@ -40,10 +47,15 @@ def attention(
     q_lens, kv_lens : (B,) integers, the valid rows and keys; what lies past them is never read
     mask : boolean, True where attended, broadcast to (B, Hq, Sq, Sk)
     bias : added to the scores after softcap, broadcast to (B, Hq, Sq, Sk)
+    alibi_slopes : (Hq,) or (B, Hq); -slope * abs(i + offset - j) is added likewise
+    sinks : (Hq,), each the score of one more key, which all rows see and which has the value 0
+    dropout, seed : the share of probabilities that are dropped, and what decides which
+    score_mod : its NumPy functions change the scores after softcap, before what is added
 
     Returns
     -------
-    out, lse : float64 arrays (B, Sq, Hq, Dv) and (B, Hq, Sq); a row that sees no key has 0 and -inf
+    out, lse : float64 arrays (B, Sq, Hq, Dv) and (B, Hq, Sq); a row that sees no key has 0 and
+        -inf, or with a sink 0 and the sink
 
     Examples
     --------
@@ -58,11 +70,13 @@ def attention(
     [0.0, 0.693147]
     """
     visible = _visible(q, k, causal, offset, window, q_lens, kv_lens, mask)
+    added = _added(_centers(q, k, offset, q_lens, kv_lens), k, alibi_slopes, bias)
     group = _group(q, k)
     q = _heads_first(q, q_lens)
     k, v = (_heads_first(x, kv_lens, group) for x in (k, v))
-    scores, _ = _scores(q, k, _scale(scale, q), softcap, bias)
-    probs, lse = _softmax(scores, visible)
+    scores, _ = _scores(q, k, _scale(scale, q), softcap, score_mod, added)
+    probs, lse = _softmax(scores, visible, _sink_scores(sinks, q, q_lens))
+    probs = probs * _kept(probs.shape, dropout, seed)
     return _sum_over_visible(probs, v, visible).swapaxes(1, 2), lse
 
 
@@ -82,6 +96,11 @@ def attention_backward(
     kv_lens: np.ndarray | None = None,
     mask: np.ndarray | None = None,
     bias: np.ndarray | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
+    score_mod: ScoreMod | None = None,
 ) -> Gradients:
     """Pull a gradient of (out, lse) back to the inputs.
 
@@ -93,7 +112,8 @@ def attention_backward(
 
     Returns
     -------
-    Gradients : dq, dk, dv and, where there is a bias, dbias: float64, each of its input's shape
+    Gradients : dq, dk, dv and, where there is a bias or are sinks, dbias and dsinks: float64, each
+        of its input's shape
 
     Examples
     --------
@@ -107,23 +127,28 @@ def attention_backward(
     """
     visible = _visible(q, k, causal, offset, window, q_lens, kv_lens, mask)
     visible_t = visible.swapaxes(2, 3)
+    added = _added(_centers(q, k, offset, q_lens, kv_lens), k, alibi_slopes, bias)
     group = _group(q, k)
     scale = _scale(scale, q)
     q, dout = _heads_first(q, q_lens), _heads_first(dout, q_lens)
     k, v = (_heads_first(x, kv_lens, group) for x in (k, v))
-    scores, slope = _scores(q, k, scale, softcap, bias)
-    probs, _ = _softmax(scores, visible)
+    scores, slope = _scores(q, k, scale, softcap, score_mod, added, differentiate=True)
+    sink_scores = _sink_scores(sinks, q, q_lens)
+    probs, lse = _softmax(scores, visible, sink_scores)
+    kept = _kept(probs.shape, dropout, seed)
 
     with np.errstate(invalid="ignore", over="ignore"):
-        # out = P V
-        dprobs = np.where(visible, dout @ v.swapaxes(2, 3), 0)
-        dv = _sum_over_visible(probs.swapaxes(2, 3), dout, visible_t)
-        # P = softmax(S); the derivative of lse by S is P
-        dscores = dprobs - (probs * dprobs).sum(axis=3, keepdims=True)
+        # out = (kept P) V
+        dprobs = np.where(visible, kept * (dout @ v.swapaxes(2, 3)), 0)
+        dv = _sum_over_visible((kept * probs).swapaxes(2, 3), dout, visible_t)
+        # P = softmax(S); the derivative of lse by S is P; a sink is one more column of S
+        means = (probs * dprobs).sum(axis=3, keepdims=True)
         if dlse is not None:
-            dscores = dscores + np.asarray(dlse, np.float64)[..., None]
-        dscores = np.where(visible, probs * dscores, 0)
-        # S = softcap(scale q kᵀ) + bias
+            means = means - np.asarray(dlse, np.float64)[..., None]
+        dscores = np.where(visible, probs * (dprobs - means), 0)
+        sink_probs = np.exp(sink_scores - lse[..., None])
+        dsinks = np.where(sink_scores != -np.inf, -sink_probs * means, 0)
+        # S = score_mod(softcap(scale q kᵀ)) + what is added
         dproducts = np.where(visible, scale * slope * dscores, 0)
         dq = _sum_over_visible(dproducts, k, visible)
         dk = _sum_over_visible(dproducts.swapaxes(2, 3), q, visible_t)
@@ -132,6 +157,7 @@ def attention_backward(
             dk=_sum_groups(dk, group).swapaxes(1, 2),
             dv=_sum_groups(dv, group).swapaxes(1, 2),
             dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
+            dsinks=None if sinks is None else dsinks.sum(axis=(0, 2, 3)),
         )
 
 
@@ -148,15 +174,11 @@ def _visible(
     """(B, Hq, Sq, Sk), True where a query sees a key, straight from the definitions."""
     (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
 
-    def per_batch(value: int | np.ndarray) -> np.ndarray:
-        # float64 holds every index exactly, and an offset of any size does not wrap around.
-        return np.asarray(value, dtype=np.float64).reshape(-1, 1, 1, 1)
-
     i = np.arange(seqlen_q).reshape(-1, 1)
     j = np.arange(seqlen_k)
-    q_len = per_batch(seqlen_q if q_lens is None else q_lens)
-    kv_len = per_batch(seqlen_k if kv_lens is None else kv_lens)
-    center = i + (kv_len - q_len if offset is None else per_batch(offset))
+    q_len = _per_batch(seqlen_q if q_lens is None else q_lens)
+    kv_len = _per_batch(seqlen_k if kv_lens is None else kv_lens)
+    center = _centers(q, k, offset, q_lens, kv_lens)
     left, right = window or (None, None)
 
     visible = np.ones((batch, heads, seqlen_q, seqlen_k), dtype=bool)
@@ -168,6 +190,25 @@ def _visible(
     if right is not None:
         visible &= j <= center + right
     return visible if mask is None else visible & mask
+
+
+def _centers(
+    q: np.ndarray,
+    k: np.ndarray,
+    offset: int | np.ndarray | None,
+    q_lens: np.ndarray | None,
+    kv_lens: np.ndarray | None,
+) -> np.ndarray:
+    """(B or 1, 1, Sq, 1): i + offset, where each query stands among the keys."""
+    if offset is None:
+        q_len = _per_batch(q.shape[1] if q_lens is None else q_lens)
+        offset = _per_batch(k.shape[1] if kv_lens is None else kv_lens) - q_len
+    return np.arange(q.shape[1]).reshape(-1, 1) + _per_batch(offset)
+
+
+def _per_batch(value: int | np.ndarray) -> np.ndarray:
+    """(B or 1, 1, 1, 1); float64 holds every index exactly, and no offset wraps around."""
+    return np.asarray(value, dtype=np.float64).reshape(-1, 1, 1, 1)
 
 
 def _group(q: np.ndarray, k: np.ndarray) -> int:
@@ -193,28 +234,68 @@ def _scores(
     k: np.ndarray,
     scale: float,
     softcap: float | None,
-    bias: np.ndarray | None,
+    score_mod: ScoreMod | None,
+    added: np.ndarray | float,
+    differentiate: bool = False,
 ) -> tuple[np.ndarray, np.ndarray | float]:
-    """(B, Hq, Sq, Sk), scaled, capped and biased, and their derivative by scale q kᵀ."""
+    """(B, Hq, Sq, Sk), and, if asked for, their derivative by scale q kᵀ."""
     slope = 1.0
     with np.errstate(invalid="ignore", over="ignore"):
         scores = scale * (q @ k.swapaxes(2, 3))
         if softcap:
             tanh = np.tanh(scores / softcap)
             scores, slope = softcap * tanh, 1 - tanh**2
-        return (scores if bias is None else scores + np.asarray(bias).astype(np.float64)), slope
+        if score_mod is not None:
+            place = np.ix_(*map(np.arange, scores.shape))  # b, h, i, j
+            if differentiate:
+                slope = slope * score_mod.differentiate(scores, *place)
+            scores = score_mod.evaluate(scores, *place)
+        return scores + added, slope
 
 
-def _softmax(scores: np.ndarray, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities and lse over the visible keys; 0 and -inf in a row that sees none."""
+def _added(
+    centers: np.ndarray, k: np.ndarray, slopes: np.ndarray | None, bias: np.ndarray | None
+) -> np.ndarray | float:
+    """ALiBi and bias: what is added to the scores, and broadcasts to them."""
+    added = 0.0
+    with np.errstate(invalid="ignore"):
+        if slopes is not None:
+            slopes = np.asarray(slopes).astype(np.float64)[..., None, None]
+            added = -slopes * np.abs(centers - np.arange(k.shape[1]))
+        return added if bias is None else added + np.asarray(bias).astype(np.float64)
+
+
+def _sink_scores(sinks: np.ndarray | None, q: np.ndarray, q_lens: np.ndarray | None) -> np.ndarray:
+    """Each row's score of its sink, (B, Hq, Sq, 1); -inf where it has none. q is heads first."""
+    if sinks is None:
+        return np.full((1, 1, 1, 1), -np.inf)
+    q_len = _per_batch(q.shape[2] if q_lens is None else q_lens)
+    is_row = np.arange(q.shape[2])[:, None] < q_len
+    return np.where(is_row, np.asarray(sinks).astype(np.float64)[:, None, None], -np.inf)
+
+
+def _softmax(
+    scores: np.ndarray, visible: np.ndarray, sinks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities of the visible keys, and lse, which counts the sink.
+
+    A row that sees no key has probabilities of 0; without a sink its lse is -inf.
+    """
     scores = np.where(visible, scores, -np.inf)
-    top = scores.max(axis=3, keepdims=True, initial=-np.inf)
+    top = np.maximum(scores.max(axis=3, keepdims=True, initial=-np.inf), sinks)
     top[top == -np.inf] = 0  # nothing to see, or only scores of -inf
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         weights = np.where(visible, np.exp(scores - top), 0)
-        total = weights.sum(axis=3, keepdims=True)
+        total = weights.sum(axis=3, keepdims=True) + np.exp(sinks - top)
         lse = top + np.log(total)
         return np.where(visible & (total != 0), weights / total, 0), lse[..., 0]
+
+
+def _kept(shape: tuple[int, ...], dropout: float, seed: int | None) -> np.ndarray | float:
+    """What dropout multiplies probabilities by: 0, or 1 / (1 - dropout)."""
+    if not dropout:
+        return 1.0
+    return np.where(dropped(dropout, seed, *map(np.arange, shape)), 0, 1 / (1 - dropout))
 
 
 def _sum_over_visible(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:

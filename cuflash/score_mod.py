@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from cuflash._checks import Array, Check
 
 RESERVED_NAMES = frozenset({"score", "b", "h", "i", "j"})
@@ -29,9 +31,10 @@ class ScoreMod:
         The derivative of that expression with respect to `score`, of the same names. Needed by
         a backward pass on a GPU.
     numpy_forward, numpy_backward : callable
-        The same two as functions of NumPy arrays that broadcast to a tile of scores,
-        ``f(score, b, h, i, j, **arrays)``. Needed on the CPU.
-    arrays : mapping of names to arrays
+        The same two as functions of NumPy arrays, ``f(score, b, h, i, j, **arrays)``. `score` is a
+        tile (batch entries, query heads, queries, keys), not to be written; the indices broadcast
+        to it, and so must the result. Needed on the CPU, where threads call them side by side.
+    named : mapping of names to arrays
         What the expressions read as ``name(index, ...)``, one index per axis, each of which is
         clipped to the axis; the functions get the whole arrays by keyword. bool, int32, int64,
         float16, bfloat16 or float32, of one to four axes. They get no gradient.
@@ -89,6 +92,40 @@ class ScoreMod:
                 NotImplementedError,
                 "score_mod has no numpy_forward; the cpu backend evaluates a NumPy function",
             )
+
+    def check_backward(self, check: Check) -> None:
+        """Fail where the device cannot differentiate it."""
+        if check.device == "cpu" and self.numpy_backward is None:
+            check.fail(
+                NotImplementedError,
+                "score_mod has no numpy_backward; the cpu backend evaluates the derivative as a "
+                "NumPy function",
+            )
+        if check.device == "cuda" and self.backward is None:
+            check.fail(
+                NotImplementedError,
+                "score_mod has no backward; the GPU kernels compile the derivative from it",
+            )
+
+    def evaluate(self, score: np.ndarray, *place: np.ndarray) -> np.ndarray:
+        """The new scores at (b, h, i, j) = place, by the NumPy function."""
+        return self._call("numpy_forward", score, place)
+
+    def differentiate(self, score: np.ndarray, *place: np.ndarray) -> np.ndarray:
+        """The derivatives of the new scores by the old ones at (b, h, i, j) = place."""
+        return self._call("numpy_backward", score, place)
+
+    def _call(self, name: str, score: np.ndarray, place: tuple[np.ndarray, ...]) -> np.ndarray:
+        score = score.view()
+        score.flags.writeable = False
+        found = np.asarray(getattr(self, name)(score, *place, **self.named))
+        try:
+            return np.broadcast_to(found, score.shape)
+        except ValueError:
+            raise ValueError(
+                f"cuflash.ScoreMod: {name} gave shape {found.shape} for scores of shape "
+                f"{score.shape}; expected one that broadcasts to it"
+            ) from None
 
 
 def check_expression(function: str, name: str, code: Any) -> None:

@@ -9,9 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import reference
+from cuflash import ScoreMod, reference
 
 B, SQ, SK, HQ, HK, D, DV = 2, 5, 7, 4, 2, 3, 2
+
+STEEP_FAR_AWAY = ScoreMod(
+    "score * slope(h, j) + 0.1f * score * score - 0.2f * (i - j) * b",
+    numpy_forward=lambda score, b, h, i, j, slope: (
+        score * slope[h, j] + 0.1 * score**2 - 0.2 * (i - j) * b
+    ),
+    numpy_backward=lambda score, b, h, i, j, slope: slope[h, j] + 0.2 * score,
+    named={"slope": np.random.default_rng(6).standard_normal((HQ, SK))},
+)
 
 OPTIONS = {
     "plain": {},
@@ -26,6 +35,23 @@ OPTIONS = {
     "mask": {"mask": np.random.default_rng(1).random((B, 1, SQ, SK)) < 0.5},
     "bias": {"bias": np.random.default_rng(2).standard_normal((B, HQ, SQ, SK))},
     "bias-broadcast": {"bias": np.random.default_rng(3).standard_normal((HQ, 1, SK))},
+    "bias-softcap": {"bias": np.random.default_rng(2).standard_normal((SQ, 1)), "softcap": 0.7},
+    "alibi": {"alibi_slopes": np.array([0.5, -0.25, 0.125, 1.0]), "causal": True},
+    "alibi-per-batch": {
+        "alibi_slopes": np.random.default_rng(7).standard_normal((B, HQ)),
+        "offset": np.array([-1, 3]),
+    },
+    "sinks": {"sinks": np.array([-1.0, 0.0, 1.0, 2.0])},
+    "sinks-of-rows-that-see-nothing": {
+        "sinks": np.array([-1.0, 0.0, 1.0, 2.0]),
+        "q_lens": np.array([5, 3]),
+        "causal": True,
+        "offset": np.array([-3, 0]),
+    },
+    "dropout": {"dropout": 0.4, "seed": 3, "causal": True},
+    "dropout-sinks": {"dropout": 0.3, "seed": 2**40 + 5, "sinks": np.array([-1.0, 0.0, 1.0, 2.0])},
+    "score_mod": {"score_mod": STEEP_FAR_AWAY},
+    "score_mod-softcap": {"score_mod": STEEP_FAR_AWAY, "softcap": 0.7},
     "everything": {
         "causal": True,
         "offset": 2,
@@ -36,6 +62,11 @@ OPTIONS = {
         "kv_lens": np.array([7, 5]),
         "mask": np.random.default_rng(4).random((SQ, SK)) < 0.8,
         "bias": np.random.default_rng(5).standard_normal((1, HQ, SQ, 1)),
+        "alibi_slopes": np.array([0.5, -0.25, 0.125, 1.0]),
+        "sinks": np.array([-1.0, 0.0, 1.0, 2.0]),
+        "dropout": 0.2,
+        "seed": 11,
+        "score_mod": STEEP_FAR_AWAY,
     },
 }
 
@@ -50,9 +81,8 @@ def test_gradients_against_finite_differences(
     rng: np.random.Generator, options: dict[str, Any]
 ) -> None:
     inputs = tensors(rng)
-    if "bias" in options:
-        inputs["bias"] = options["bias"]
-    rest = {name: value for name, value in options.items() if name != "bias"}
+    inputs |= {name: options[name] for name in ("bias", "sinks") if name in options}
+    rest = {name: value for name, value in options.items() if name not in inputs}
     dout = rng.standard_normal((B, SQ, HQ, DV))
     dlse = rng.standard_normal((B, HQ, SQ))
 
@@ -84,9 +114,42 @@ def finite_differences(
     return gradient
 
 
-def test_without_bias_there_is_no_dbias(rng: np.random.Generator) -> None:
+def test_without_bias_and_sinks_they_have_no_gradients(rng: np.random.Generator) -> None:
     gradients = reference.attention_backward(np.ones((B, SQ, HQ, DV)), **tensors(rng))
-    assert gradients.dbias is None
+    assert gradients.dbias is None and gradients.dsinks is None
+
+
+def test_a_sink_is_one_more_key_with_the_value_0(rng: np.random.Generator) -> None:
+    x, sinks = tensors(rng), rng.standard_normal(HQ)
+    longer = {name: np.concatenate([a, np.zeros_like(a[:, :1])], 1) for name, a in x.items()}
+    longer["q"] = x["q"]
+    bias = np.zeros((HQ, 1, SK + 1))
+    bias[:, 0, SK] = sinks
+    found = reference.attention(**x, sinks=sinks)
+    for a, b in zip(found, reference.attention(**longer, bias=bias), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_alibi_is_a_bias_of_distances(rng: np.random.Generator) -> None:
+    x, slopes = tensors(rng), rng.standard_normal(HQ)
+    distance = np.abs(np.arange(SQ)[:, None] + SK - SQ - np.arange(SK))
+    found = reference.attention(**x, alibi_slopes=slopes)
+    right = reference.attention(**x, bias=-slopes[:, None, None] * distance)
+    for a, b in zip(found, right, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_dropout_leaves_lse_and_the_mean_of_many_seeds(rng: np.random.Generator) -> None:
+    x, rate, seeds = tensors(rng), 0.25, 4000
+    out, lse = reference.attention(**x)
+    total = np.zeros_like(out)
+    for seed in range(seeds):
+        one, same_lse = reference.attention(**x, dropout=rate, seed=seed)
+        np.testing.assert_array_equal(same_lse, lse)
+        total += one
+    # The variance of a sum of p v with each term dropped is at most rate / (1 - rate) max v^2.
+    deviation = np.sqrt(rate / (1 - rate) / seeds) * np.abs(x["v"]).max()
+    assert 0 < np.abs(total / seeds - out).max() <= 6 * deviation
 
 
 def test_permuting_keys_with_their_bias_and_mask_changes_nothing(rng: np.random.Generator) -> None:
@@ -210,18 +273,20 @@ def test_what_is_not_finite_stays_with_the_rows_that_see_it(
 
 
 def backward(dout: np.ndarray, x: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    return reference.attention_backward(dout, **x, causal=True)
+    return reference.attention_backward(dout, **x, causal=True)[:4]
 
 
 def test_what_lies_past_the_lengths_is_not_read(rng: np.random.Generator) -> None:
     x = tensors(rng)
     dout, dlse = rng.standard_normal((B, SQ, HQ, DV)), rng.standard_normal((B, HQ, SQ))
     bias = rng.standard_normal((B, HQ, SQ, SK))
+    terms = {"bias": bias, "sinks": rng.standard_normal(HQ)}
     lens = {"q_lens": np.array([3, 0]), "kv_lens": np.array([6, 4])}
 
     def everything() -> tuple[np.ndarray, ...]:
-        forward = reference.attention(**x, **lens, bias=bias)
-        return *forward, *reference.attention_backward(dout, **x, **lens, bias=bias, dlse=dlse)
+        forward = reference.attention(**x, **lens, **terms)
+        gradients = reference.attention_backward(dout, **x, **lens, **terms, dlse=dlse)
+        return *forward, *gradients
 
     clean = everything()
     for batch, (rows, keys) in enumerate(zip(*lens.values(), strict=True)):

@@ -41,7 +41,7 @@ class Bound:
 
 
 def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
-    """Bounds of out, lse, dq, dk and dv, by name; `options` are those of cuflash.reference."""
+    """Bounds of out, lse and every gradient, by name; `options` are those of cuflash.reference."""
     q, k, v, dout, dlse = arrays
     out, lse = reference.attention(q, k, v, **options)
     gradients = reference.attention_backward(dout, q, k, v, dlse=dlse, **options)
@@ -51,9 +51,12 @@ def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
         "out": _bound(out, textbook_out, q.dtype),
         "lse": Bound(lse, 0.0, LSE_TOLERANCE * largest_lse),
     }
-    for name in ("dq", "dk", "dv"):
-        exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
-        bounds[name] = _bound(exact, rounded, q.dtype)
+    inputs = {"dq": q, "dk": k, "dv": v}
+    inputs |= {"dbias": options.get("bias"), "dsinks": options.get("sinks")}
+    for name, x in inputs.items():
+        if x is not None:
+            exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
+            bounds[name] = _bound(exact, rounded, x.dtype)
     return bounds
 
 
@@ -65,23 +68,39 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
 
     q, k, v, dout, dlse = arrays
     dtype, group = q.dtype, reference._group(q, k)
-    visible = reference._visible(q, k, *(options.get(name) for name in VISIBILITY))
-    scale = reference._scale(options.get("scale"), q)
-    q, dout = (reference._heads_first(x, options.get("q_lens")) for x in (q, dout))
-    k, v = (reference._heads_first(x, options.get("kv_lens"), group) for x in (k, v))
-    scores, slope = reference._scores(q, k, scale, options.get("softcap"), None)
-    probs = rounded(reference._softmax(rounded(scores), visible)[0])
-    out = rounded(probs @ v)
+    given = options.get
+    bias, sinks = given("bias"), given("sinks")
+    visible = reference._visible(q, k, *map(given, VISIBILITY))
+    centers = reference._centers(q, k, *map(given, ("offset", "q_lens", "kv_lens")))
+    added = reference._added(centers, k, given("alibi_slopes"), bias)
+    scale = reference._scale(given("scale"), q)
+    q, dout = (reference._heads_first(x, given("q_lens")) for x in (q, dout))
+    k, v = (reference._heads_first(x, given("kv_lens"), group) for x in (k, v))
+    scores, slope = reference._scores(
+        q, k, scale, given("softcap"), given("score_mod"), added, differentiate=True
+    )
+    sink_scores = reference._sink_scores(sinks, q, given("q_lens"))
+    probs, lse = reference._softmax(rounded(scores), visible, sink_scores)
+    probs = rounded(probs)
+    kept = reference._kept(probs.shape, given("dropout", 0.0), given("seed"))
+    out = rounded(kept * probs @ v)
 
-    dprobs = np.where(visible, rounded(dout @ v.swapaxes(2, 3)), 0)
-    dscores = dprobs - (dout * out).sum(axis=3, keepdims=True)
+    dprobs = kept * np.where(visible, rounded(dout @ v.swapaxes(2, 3)), 0)
+    means = (dout * out).sum(axis=3, keepdims=True)
     if dlse is not None:
-        dscores = dscores + np.asarray(dlse, np.float64)[..., None]
-    dproducts = rounded(np.where(visible, scale * slope * probs * dscores, 0))
+        means = means - np.asarray(dlse, np.float64)[..., None]
+    dscores = np.where(visible, probs * (dprobs - means), 0)
+    dproducts = rounded(np.where(visible, scale * slope * dscores, 0))
+    sink_probs = np.exp(sink_scores - lse[..., None])
+    dsinks = np.where(sink_scores != -np.inf, -sink_probs * means, 0).sum(axis=(0, 2, 3))
     gradients = Gradients(
         dq=rounded(dproducts @ k).swapaxes(1, 2),
         dk=rounded(reference._sum_groups(dproducts.swapaxes(2, 3) @ q, group)).swapaxes(1, 2),
-        dv=rounded(reference._sum_groups(probs.swapaxes(2, 3) @ dout, group)).swapaxes(1, 2),
+        dv=rounded(reference._sum_groups((kept * probs).swapaxes(2, 3) @ dout, group)).swapaxes(
+            1, 2
+        ),
+        dbias=None if bias is None else reference._sum_to_shape(rounded(dscores), bias.shape),
+        dsinks=None if sinks is None else dsinks,
     )
     return out.swapaxes(1, 2), gradients
 
