@@ -19,6 +19,7 @@ class Band:
     keys: int
     first: int | None  # None: unbounded
     last: int | None
+    offset: int = 0  # the call's: query i stands at key i + offset
 
     @classmethod
     def of(cls, problem: Problem, batch: int) -> Band:
@@ -35,7 +36,7 @@ class Band:
         left, right = problem.window
         first = None if left is None else offset - left
         last = None if right is None else offset + right
-        return cls(rows, keys, first, last)
+        return cls(rows, keys, first, last, offset)
 
     def keys_of(self, rows: slice) -> slice:
         """The keys that any of these rows sees."""
