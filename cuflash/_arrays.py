@@ -28,7 +28,7 @@ class Scratch(threading.local):
 
 def in_units_of_log2(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """x log2(e); a finite number stays finite, as the lowest one that stands for a mask."""
-    scaled = x * np.asarray(LOG2_E, dtype)
+    scaled = x.astype(dtype, copy=False) * np.asarray(LOG2_E, dtype)
     overflown = np.isinf(scaled)
     if overflown.any():
         largest = np.copysign(np.finfo(dtype).max, scaled)
@@ -77,6 +77,12 @@ def hide(x: np.ndarray, hidden: Hidden | None, value: float) -> np.ndarray:
         for columns, where in hidden.parts:
             np.copyto(by_head[..., columns], value, where=where)
     return x
+
+
+def drop(x: np.ndarray, dropped: np.ndarray | None, value: np.ndarray | float) -> None:
+    """Overwrite what dropout takes away, in place."""
+    if dropped is not None:
+        np.copyto(x, value, where=dropped)
 
 
 def product(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._arrays import LOG2_E, Hidden, Scratch, packed
+from cuflash._arrays import LOG2_E, Hidden, Scratch, in_units_of_log2, packed
 from cuflash._problem import Problem
 from cuflash._tiles import Band, blocks, visible_tiles
 
@@ -43,6 +43,16 @@ class Work:
             None if x is None else self.scores_by_key_head(np.broadcast_to(x, scores_shape))
             for x in (None if problem.mask is None else problem.mask.array, problem.bias)
         )
+        self.slopes = self.sinks = None  # (B, Hk, group, 1, 1) and (Hk, group, 1), units of log 2
+        if problem.alibi_slopes is not None:
+            slopes = np.broadcast_to(problem.alibi_slopes, (problem.batch, problem.heads_q))
+            by_head = (problem.batch, problem.heads_k, self.group, 1, 1)
+            with np.errstate(all="ignore"):
+                self.slopes = in_units_of_log2(slopes, self.dtype).reshape(by_head)
+        if problem.sinks is not None:
+            by_head = (problem.heads_k, self.group, 1)
+            with np.errstate(all="ignore"):
+                self.sinks = in_units_of_log2(problem.sinks, self.dtype).reshape(by_head)
         self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
         rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
         self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
@@ -170,6 +180,11 @@ class Item:
     def index(self) -> tuple[int, slice]:
         """Into arrays by key head."""
         return (self.batch, self.heads)
+
+    @property
+    def sinks(self) -> np.ndarray | None:
+        """(heads, group, 1), in units of log 2."""
+        return None if self.work.sinks is None else self.work.sinks[self.heads]
 
     @property
     def band(self) -> Band:

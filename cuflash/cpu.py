@@ -22,6 +22,7 @@ import numpy as np
 from cuflash._arrays import (
     LN_2,
     Hidden,
+    drop,
     empty_like,
     exp2,
     hide,
@@ -31,6 +32,7 @@ from cuflash._arrays import (
     transposed,
 )
 from cuflash._problem import GradientProblem, Gradients, Problem
+from cuflash._terms import added, dropped, modify
 from cuflash._threads import for_each
 from cuflash._tiles import blocks
 from cuflash._work import MANY_TASKS, Item, Tile, Work
@@ -67,10 +69,10 @@ def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 
 def backward(gradient: GradientProblem) -> Gradients:
-    """The gradients of q, k, v and the bias."""
+    """The gradients of q, k, v, the bias and the sinks."""
     problem = gradient.forward
-    if not problem.q.size or not problem.k.size:
-        inputs = (problem.q, problem.k, problem.v, problem.bias)
+    if not problem.q.size:
+        inputs = (problem.q, problem.k, problem.v, problem.bias, problem.sinks)
         return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
     work = Work(problem, splits_rows=False)
     sums = _GradientSums(work)
@@ -79,7 +81,9 @@ def backward(gradient: GradientProblem) -> Gradients:
     def load(item: Item) -> list[_RowBlock]:
         rows = blocks(slice(0, item.band.rows), work.tile_rows)
         with np.errstate(all="ignore"):
-            return [_RowBlock.load(item, gradient, some) for some in rows]
+            row_blocks = [_RowBlock.load(item, gradient, some) for some in rows]
+            sums.add_sinks(item, row_blocks)
+            return row_blocks
 
     def differentiate(task: tuple[int, list[Item]]) -> None:
         split, family = task
@@ -106,7 +110,7 @@ def _attend(item: Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
         for tile in item.tiles(rows, keys, key, value):
             softmaxes[tile.rows.start].step(tile)
     for tile_rows in blocks(rows, work.tile_rows):
-        softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows])
+        softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows], item.sinks)
 
 
 class _OnlineSoftmax:
@@ -129,6 +133,7 @@ class _OnlineSoftmax:
             self.raise_reference(scores)
             probs = exp2(scores)
             total = probs @ self.work.ones[: probs.shape[-1]]
+        drop(probs, dropped(tile), 0)
         weighted = product(probs, tile.value, hidden)
         if self.numerator is None:
             self.numerator = weighted
@@ -138,7 +143,7 @@ class _OnlineSoftmax:
 
     def scores(self, tile: Tile) -> np.ndarray:
         """(heads, group * rows, keys), less the reference of each row."""
-        scores = _scores(self.work, self.query, tile.key, tile.bias)
+        scores = _scores(tile, self.query, tile.key)
         if self.reference is not None:
             scores -= self.reference[..., None]
         return scores
@@ -167,16 +172,23 @@ class _OnlineSoftmax:
             self.numerator *= factor[..., None]
         self.denominator *= factor
 
-    def write(self, out: np.ndarray, lse: np.ndarray) -> None:
+    def write(self, out: np.ndarray, lse: np.ndarray, sinks: np.ndarray | None) -> None:
         """Finish: out (heads, group, rows, Dv) and lse (heads, group, rows)."""
         if self.numerator is None:
-            out[...] = 0  # and lse is -inf
+            out[...] = 0
+            if sinks is not None:  # else lse is -inf
+                lse[...] = sinks * LN_2
             return
-        log_sum = np.log2(self.denominator)
+        log_sum = np.log2(self.denominator).reshape(lse.shape)
         if self.reference is not None:
-            log_sum += self.reference
-        np.multiply(log_sum.reshape(lse.shape), LN_2, out=lse)
+            log_sum += self.reference.reshape(lse.shape)
         divisor = np.maximum(self.denominator, 1 / LARGEST_SUM).reshape(lse.shape)
+        if sinks is not None:
+            of_keys, log_sum = log_sum, np.logaddexp2(log_sum, sinks)
+            divisor *= np.where(of_keys == -np.inf, 1, np.exp2(log_sum - of_keys))
+        if self.work.problem.dropout:
+            divisor *= 1 - self.work.problem.dropout
+        np.multiply(log_sum, LN_2, out=lse)
         numerator = self.numerator.reshape(out.shape)
         np.divide(numerator, divisor[..., None], out=out, casting="same_kind")
 
@@ -217,7 +229,7 @@ class _RowBlock:
 
     rows: slice
     query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -lse
-    dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta
+    dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta, without dropout
 
     @classmethod
     def load(cls, item: Item, gradient: GradientProblem, rows: slice) -> _RowBlock:
@@ -238,27 +250,31 @@ class _RowBlock:
         delta = np.vecdot(out, dout)
         if gradient.dlse is not None:
             delta -= some(work.rows_by_key_head(gradient.dlse))
-        dout = packed(dout, work.dtype, columns=1)
+        # Dropout multiplies what it keeps: dprobs and dvalue get that from here.
+        rate = work.problem.dropout
+        dout = packed(dout, work.dtype, columns=1, factor=1 / (1 - rate) if rate else None)
         dout[..., -1] = -delta.reshape(dout.shape[:2])
         return cls(rows, query, dout)
 
     def differentiate_softmax(
         self, work: Work, tile: Tile
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Probabilities, the gradient of the scores, and the slope of the softcap."""
+        """Kept probabilities, the gradient of the scores, and their slope by scale q kᵀ."""
         shape = (*self.query.shape[:2], tile.key.shape[1])
         slope = None
-        if work.softcap:
+        if work.softcap or work.problem.score_mod is not None:
             slope = work.scratch.array(2, shape)
-            scores = _scores(work, self.query[..., :-1], tile.key[..., :-1], tile.bias, slope)
+            scores = _scores(tile, self.query[..., :-1], tile.key[..., :-1], slope)
             scores += self.query[..., -1:]
         else:
-            scores = _scores(work, self.query, tile.key, tile.bias)
-        probs = hide(exp2(scores), tile.hidden, 0)
+            scores = _scores(tile, self.query, tile.key)
+        probs, taken = hide(exp2(scores), tile.hidden, 0), dropped(tile)
         dscores = work.scratch.array(1, shape)
         np.matmul(self.dout, transposed(tile.value), out=dscores)
+        drop(dscores, taken, self.dout[..., -1:])
         dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
-        if tile.bias is not None:
+        drop(probs, taken, 0)
+        if work.bias is not None:
             hide(dscores, tile.hidden, 0)  # dbias is no product
         return probs, dscores, slope
 
@@ -286,6 +302,19 @@ class _GradientSums:
             # Splits have keys of their own, and share dbias only where all keys share a bias.
             copies = self.splits if work.bias_shape[3] == 1 else 1
             self.dbias_copies = [np.zeros(work.bias_shape, work.dtype) for _ in range(copies)]
+        if problem.sinks is not None:
+            by_batch = (problem.batch, problem.heads_k, problem.group)
+            self.dsinks_by_batch = np.zeros(by_batch, work.dtype)
+
+    def add_sinks(self, item: Item, row_blocks: list[_RowBlock]) -> None:
+        """Add what the rows of an item give to the sinks of its heads."""
+        if item.sinks is None:
+            return
+        shape = (*item.sinks.shape[:2], -1)
+        for block in row_blocks:
+            probs = exp2(block.query[..., -1].reshape(shape) + item.sinks)
+            dsinks = probs * block.dout[..., -1].reshape(shape)
+            self.dsinks_by_batch[item.index] += dsinks.sum(axis=-1)
 
     def add_bias(self, tile: Tile, split: int, dscores: np.ndarray) -> None:
         """Add a tile's part of dbias, summed along the axes that share a bias."""
@@ -305,20 +334,21 @@ class _GradientSums:
 
     def gradients(self) -> Gradients:
         """The finished gradients in the dtypes of their inputs."""
-        problem, dbias = self.work.problem, None
+        problem, dbias, dsinks = self.work.problem, None, None
         if problem.bias is not None:
             dbias = _sum_of(self.dbias_copies, problem.bias.dtype).reshape(problem.bias.shape)
-        return Gradients(_sum_of(self.dq_copies, problem.dtype), self.all_dk, self.all_dv, dbias)
+        if problem.sinks is not None:
+            dsinks = _sum_of(list(self.dsinks_by_batch), problem.sinks.dtype)
+            dsinks = dsinks.reshape(problem.sinks.shape)
+        dq = _sum_of(self.dq_copies, problem.dtype)
+        return Gradients(dq, self.all_dk, self.all_dv, dbias, dsinks)
 
 
 def _scores(
-    work: Work,
-    query: np.ndarray,
-    key: np.ndarray,
-    bias: np.ndarray | None,
-    slope: np.ndarray | None = None,
+    tile: Tile, query: np.ndarray, key: np.ndarray, slope: np.ndarray | None = None
 ) -> np.ndarray:
-    """(heads, group * rows, keys): the scores, and the slope of the softcap."""
+    """(heads, group * rows, keys): the scores, and their slope by scale q kᵀ."""
+    work = tile.item.work
     scores = work.scratch.array(0, (*query.shape[:2], key.shape[1]))
     np.matmul(query, transposed(key), out=scores)
     if work.softcap:
@@ -328,9 +358,13 @@ def _scores(
             np.multiply(scores, scores, out=slope)
             np.subtract(1, slope, out=slope)
         scores *= work.softcap
-    if bias is not None:
-        by_head = scores.reshape(bias.shape)
-        by_head += in_units_of_log2(bias, work.dtype)
+    elif slope is not None:
+        slope[...] = 1
+    if work.problem.score_mod is not None:
+        modify(tile, scores, slope)
+    for term in added(tile):
+        by_head = scores.reshape(term.shape)
+        by_head += term
     return scores
 
 
