@@ -1,4 +1,4 @@
-"""Bugs put into the Hopper backward kernel as it ships: the emulator notices every one.
+"""Bugs put into the Hopper backward kernels as they ship: the emulator notices every one.
 
 Each bug is a replacement in a copy of the kernels' folder. What it has to end with is a pattern for
 the emulator's message, or a result that differs.
@@ -17,7 +17,6 @@ from injection import assert_noticed, put_in
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
 
-SOURCE = "flash_bwd_sm90.cu"
 CASE = Case(batch=1, seqlen_q=450, seqlen_k=256, head_dim=64)
 WIDE = replace(CASE, head_dim=128)
 CAUSAL = replace(CASE, causal=True)
@@ -28,15 +27,14 @@ SCHEDULES = [("lazy", 0), ("eager", 0), ("random", 0), ("random", 1)]
 WRONG = "wrong result"
 DIFFERENT_BITS = "different bits"
 
-Q_FULL = "mbarrier_wait(smem.q_full(stage.index), stage.parity);"
-Q_EMPTY = "    mbarrier_wait(smem.q_empty(stage.index), stage.parity ^ 1);\n"
 DK_WAIT = "    wgmma_wait<0>(dk, ds);\n"
 FREE_Q = "    release(smem.q_empty(stage.index));\n"
 
-# name: (what stands there, what takes its place, what it has to end with, in which case)
+# Of the kernel in which the warpgroups divide the keys; name: (what stands there, what takes its
+# place, what it has to end with, in which case).
 BUGS = {
     "ds-barrier": (
-        "      named_barrier_sync(kDsBarrier, kThreads);\n    }",
+        "      named_barrier_sync(kScoresBarrier, kThreads);\n    }",
         "    }",
         "race:",
         CASE,
@@ -45,23 +43,7 @@ BUGS = {
     "ds-in-one-buffer": ("smem.ds(stage.index)", "smem.ds(0)", "race:", UNORDERED),
     "q-released-early": (DK_WAIT + FREE_Q, FREE_Q + DK_WAIT, "race:", WIDE),
     "q-never-released": (DK_WAIT + FREE_Q, DK_WAIT, "deadlock:", CASE),
-    "full-parity": (Q_FULL, Q_FULL.replace("parity", "parity ^ 1"), "race:|deadlock:", CASE),
-    "empty-not-awaited": (Q_EMPTY, "", "race:|more arrivals", CASE),
-    "v-not-awaited": ("      mbarrier_wait(smem.v_full(), 0);\n", "", "race:", CASE),
-    "too-few-bytes": ("QTile::kBytes + kStatBytes", "QTile::kBytes", "deadlock:|race:|bytes", CASE),
-    "one-arrival": (
-        "mbarrier_init(smem.q_empty(stage), kWarps)",
-        "mbarrier_init(smem.q_empty(stage), 1)",
-        "race:|deadlock:|arrivals",
-        CASE,
-    ),
     "dk-not-awaited": (DK_WAIT, "    wgmma_wait<1>(dk, ds);\n", "accumulators|race:|flight", CASE),
-    "rows-of-the-other-warpgroup": (
-        "RowOperand<VTile>{v, index * kWarpgroupRows}",
-        "RowOperand<VTile>{v, (1 - index) * kWarpgroupRows}",
-        WRONG,
-        CASE,
-    ),
     "half-of-dq": (
         "ColumnOperand<DsTile>{ds, dq_row()}",
         "ColumnOperand<DsTile>{ds, 0}",
@@ -74,9 +56,8 @@ BUGS = {
         WRONG,
         WIDE,
     ),
-    "not-hidden": ("      hide(s, columns);\n", "", WRONG, CAUSAL),
     "staging-barrier": (
-        "    named_barrier_sync(kDsBarrier, kThreads);  // every warp has finished with k and v\n",
+        "named_barrier_sync(kScoresBarrier, kThreads);  // every warp has finished with k and v",
         "",
         "race:",
         UNORDERED,
@@ -87,23 +68,16 @@ BUGS = {
         "proxy:",
         CASE,
     ),
-    "sums-not-announced": (
-        "if (kDeterministic) named_barrier_arrive(kAddedBarrier, kTurnThreads);",
-        "",
-        "deadlock:",
-        CASE,
-    ),
 }
 
 
-WIDE_SOURCE = "flash_bwd_wide_sm90.cu"
 COLUMNS = Case(batch=1, seqlen_q=300, seqlen_k=128, head_dim=192, head_dim_v=64)
-WIDE_STORES = """    store_scores(smem.probs(stage.index), s);
-    store_scores(smem.ds(stage.index), dp);
+WIDE_STORES = """    store_part(smem.probs(stage.index), s);
+    store_part(smem.ds(stage.index), dp);
     fence_proxy_async();
 """
 DV_WAIT = "    wgmma_wait<0>(dv);\n"
-FREE_DOUT = "    if (dv_is_due) release(smem.dout_empty(stage.previous().index));\n"
+FREE_DOUT = "    if (dv_is_due) release(smem.dout_empty(stage.previous()));\n"
 
 # As BUGS, of the kernel in which the warpgroups divide the columns.
 WIDE_BUGS = {
@@ -135,15 +109,45 @@ WIDE_BUGS = {
         COLUMNS,
     ),
     "wide-last-dv-left-out": ("    if (dv_is_due) {", "    if (false) {", WRONG, COLUMNS),
-    "wide-queries-of-the-other-warpgroup": (
-        "RowOperand<DoutTile>{dout, first_query()}",
-        "RowOperand<DoutTile>{dout, 0}",
-        WRONG,
-        COLUMNS,
-    ),
     "wide-half-of-dk": (
         "ColumnOperand<QTile>{q, first_col()}",
         "ColumnOperand<QTile>{q, 0}",
+        WRONG,
+        COLUMNS,
+    ),
+}
+
+Q_FULL = "mbarrier_wait(smem.q_full(stage.index), stage.parity);"
+Q_EMPTY = "    mbarrier_wait(smem.q_empty(stage.index), stage.parity ^ 1);\n"
+
+# Of what both share, in either.
+SHARED_BUGS = {
+    "full-parity": (Q_FULL, Q_FULL.replace("parity", "parity ^ 1"), "race:|deadlock:", CASE),
+    "empty-not-awaited": (Q_EMPTY, "", "race:|more arrivals", CASE),
+    "v-not-awaited": ("      mbarrier_wait(smem.v_full(), 0);\n", "", "race:", CASE),
+    "too-few-bytes": ("QTile::kBytes + kStatBytes", "QTile::kBytes", "deadlock:|race:|bytes", CASE),
+    "one-arrival": (
+        "mbarrier_init(smem.q_empty(stage), kWarps)",
+        "mbarrier_init(smem.q_empty(stage), 1)",
+        "race:|deadlock:|arrivals",
+        CASE,
+    ),
+    "rows-of-the-other-warpgroup": (
+        "RowOperand<VTile>{v, first_key()}",
+        "RowOperand<VTile>{v, kWarpgroupRows - first_key()}",
+        WRONG,
+        CASE,
+    ),
+    "not-hidden": ("      hide(s, columns);\n", "", WRONG, CAUSAL),
+    "sums-not-announced": (
+        "if (kDeterministic) named_barrier_arrive(kAddedBarrier, kTurnThreads);",
+        "",
+        "deadlock:",
+        CASE,
+    ),
+    "wide-queries-of-the-other-warpgroup": (
+        "RowOperand<DoutTile>{dout, first_query()}",
+        "RowOperand<DoutTile>{dout, 0}",
         WRONG,
         COLUMNS,
     ),
@@ -155,21 +159,30 @@ WIDE_BUGS = {
     ),
 }
 
+SOURCES = {
+    "flash_bwd_sm90.cu": BUGS,
+    "flash_bwd_wide_sm90.cu": WIDE_BUGS,
+    "backward_sm90.cuh": SHARED_BUGS,
+}
+
 
 # One of each kind in every run; the others compile a kernel each as well.
 QUICK = ("ds-barrier", "ds-fence", "full-parity", "half-of-dq", "wide-probs-in-one-buffer")
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("source", "name"),
     [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.full)
-        for name in (*BUGS, *WIDE_BUGS)
+        pytest.param(source, name, id=name, marks=() if name in QUICK else pytest.mark.full)
+        for source, bugs in SOURCES.items()
+        for name in bugs
     ],
 )
-def test_bug_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old, new, wanted, case = (BUGS | WIDE_BUGS)[name]
-    put_in(SOURCE if name in BUGS else WIDE_SOURCE, old, new, tmp_path, monkeypatch)
+def test_bug_is_noticed(
+    source: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, wanted, case = SOURCES[source][name]
+    put_in(source, old, new, tmp_path, monkeypatch)
     assert_noticed(name, wanted, (ending(case, schedule) for schedule in SCHEDULES))
 
 
