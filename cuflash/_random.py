@@ -21,7 +21,7 @@ HALF = 8
 BLOCK = 2 * HALF
 
 # Counters at a time, so that the words of a round stay in a core's L2 cache.
-STRIP = 2**14
+STRIP = 2**15
 
 
 def dropped(

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from cuflash import _random
 from cuflash._arrays import LN_2, in_units_of_log2
 from cuflash._work import Tile
 
 
-def added(tile: Tile) -> Iterator[np.ndarray]:
-    """What is added to the scores, in units of log 2: (heads, group, rows, keys) each."""
-    work, item = tile.item.work, tile.item
+def add(tile: Tile, scores: np.ndarray) -> None:
+    """Add ALiBi and bias to the scores, in units of log 2, in place."""
+    work, rows = tile.item.work, tile.rows.stop - tile.rows.start
+    by_head = scores.reshape(scores.shape[0], work.group, rows, -1)
     if work.slopes is not None:
-        _, _, i, j = tile.places()
-        distance = np.abs(i + item.band.offset - j).astype(work.dtype)
-        yield -work.slopes[item.index] * distance
-    if tile.bias is not None:
-        yield in_units_of_log2(tile.bias, work.dtype)
+        for columns, keys in tile.columns:
+            by_head[..., columns] += _alibi(tile, keys)
+    if work.bias is not None:
+        by_head += in_units_of_log2(tile.bias, work.dtype)
+
+
+def _alibi(tile: Tile, keys: slice) -> np.ndarray:
+    """-slope * abs(i + offset - j) of keys side by side: (heads, group, rows, keys), a view.
+
+    It depends on j - i alone: each row is the next one, a key later.
+    """
+    item = tile.item
+    first = keys.start - (tile.rows.stop - 1) - item.band.offset
+    last = keys.stop - 1 - tile.rows.start - item.band.offset
+    distances = np.abs(np.arange(first, last + 1)).astype(item.work.dtype)
+    terms = -item.work.slopes[item.index] * distances
+    return sliding_window_view(terms[:, :, 0], keys.stop - keys.start, axis=-1)[:, :, ::-1]
 
 
 def modify(tile: Tile, scores: np.ndarray, slope: np.ndarray | None) -> None:

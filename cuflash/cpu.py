@@ -32,7 +32,7 @@ from cuflash._arrays import (
     transposed,
 )
 from cuflash._problem import GradientProblem, Gradients, Problem
-from cuflash._terms import added, dropped, modify
+from cuflash._terms import add, dropped, modify
 from cuflash._threads import for_each
 from cuflash._tiles import blocks
 from cuflash._work import MANY_TASKS, Item, Tile, Work
@@ -362,9 +362,7 @@ def _scores(
         slope[...] = 1
     if work.problem.score_mod is not None:
         modify(tile, scores, slope)
-    for term in added(tile):
-        by_head = scores.reshape(term.shape)
-        by_head += term
+    add(tile, scores)
     return scores
 
 
