@@ -141,13 +141,11 @@ def attention_backward(
         # out = (kept P) V
         dprobs = np.where(visible, kept * (dout @ v.swapaxes(2, 3)), 0)
         dv = _sum_over_visible((kept * probs).swapaxes(2, 3), dout, visible_t)
-        # P = softmax(S); the derivative of lse by S is P; a sink is one more column of S
+        # P = softmax(S); the derivative of lse by S is P
         means = (probs * dprobs).sum(axis=3, keepdims=True)
         if dlse is not None:
             means = means - np.asarray(dlse, np.float64)[..., None]
         dscores = np.where(visible, probs * (dprobs - means), 0)
-        sink_probs = np.exp(sink_scores - lse[..., None])
-        dsinks = np.where(sink_scores != -np.inf, -sink_probs * means, 0)
         # S = score_mod(softcap(scale q kᵀ)) + what is added
         dproducts = np.where(visible, scale * slope * dscores, 0)
         dq = _sum_over_visible(dproducts, k, visible)
@@ -157,7 +155,7 @@ def attention_backward(
             dk=_sum_groups(dk, group).swapaxes(1, 2),
             dv=_sum_groups(dv, group).swapaxes(1, 2),
             dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
-            dsinks=None if sinks is None else dsinks.sum(axis=(0, 2, 3)),
+            dsinks=None if sinks is None else _dsinks(sink_scores, lse, means),
         )
 
 
@@ -296,6 +294,13 @@ def _kept(shape: tuple[int, ...], dropout: float, seed: int | None) -> np.ndarra
     if not dropout:
         return 1.0
     return np.where(dropped(dropout, seed, *map(np.arange, shape)), 0, 1 / (1 - dropout))
+
+
+def _dsinks(sink_scores: np.ndarray, lse: np.ndarray, means: np.ndarray) -> np.ndarray:
+    """(Hq,): a sink is one more column of the scores, whose dprobs are 0."""
+    with np.errstate(invalid="ignore"):
+        probs = np.exp(sink_scores - lse[..., None])
+        return np.where(sink_scores != -np.inf, -probs * means, 0).sum(axis=(0, 2, 3))
 
 
 def _sum_over_visible(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:

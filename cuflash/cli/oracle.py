@@ -91,8 +91,6 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
         means = means - np.asarray(dlse, np.float64)[..., None]
     dscores = np.where(visible, probs * (dprobs - means), 0)
     dproducts = rounded(np.where(visible, scale * slope * dscores, 0))
-    sink_probs = np.exp(sink_scores - lse[..., None])
-    dsinks = np.where(sink_scores != -np.inf, -sink_probs * means, 0).sum(axis=(0, 2, 3))
     gradients = Gradients(
         dq=rounded(dproducts @ k).swapaxes(1, 2),
         dk=rounded(reference._sum_groups(dproducts.swapaxes(2, 3) @ q, group)).swapaxes(1, 2),
@@ -100,7 +98,7 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
             1, 2
         ),
         dbias=None if bias is None else reference._sum_to_shape(rounded(dscores), bias.shape),
-        dsinks=None if sinks is None else dsinks,
+        dsinks=None if sinks is None else reference._dsinks(sink_scores, lse, means),
     )
     return out.swapaxes(1, 2), gradients
 
