@@ -95,7 +95,7 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
         elif name in LENGTHS or name in nested:
             if isinstance(x, (list, tuple, range)):
                 x = received[name] = _host_integers(function, name, x)
-            if hasattr(x, "__dlpack__"):
+            if name in nested or hasattr(x, "__dlpack__"):
                 found = _locate(function, name, x)
                 if found[1] == "cpu":
                     host_lengths.append(name)

@@ -14,7 +14,7 @@ import pytest
 from unreal_gpu import DV, HK, HQ, LSE, OUT, SHAPES, SK, SQ, B, D
 
 import cuflash
-from cuflash import interop, reference
+from cuflash import ScoreMod, interop, reference
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-12}
@@ -231,10 +231,11 @@ def test_out_of_an_old_vendor_is_read_only() -> None:
 NO_GRADIENT = "requires grad, which the result does not carry on; .* attention_vjp"
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "bias"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "bias", "sinks"])
 def test_a_gradient_that_torch_would_lose_is_warned_of(name: str) -> None:
     torch = torch_kind()
-    arrays = {n: torch.make(x) for n, x in {**tensors(), "bias": np.zeros((SQ, SK), "f")}.items()}
+    terms = {"bias": np.zeros((SQ, SK), np.float32), "sinks": np.zeros(HQ, np.float32)}
+    arrays = {n: torch.make(x) for n, x in {**tensors(), **terms}.items()}
     arrays[name].requires_grad_()
     with pytest.warns(UserWarning, match=f"^cuflash.attention: {name} {NO_GRADIENT}") as caught:
         assert not cuflash.attention(**arrays).requires_grad
@@ -444,6 +445,57 @@ def test_bad_lengths(lengths: Any, error: type[Exception], message: str) -> None
         cuflash.attention(**tensors(), q_lens=lengths)
 
 
+# Slopes, sinks and the arrays of score functions
+
+
+def test_terms_of_any_kind(kind: Kind) -> None:
+    inputs, rng = tensors(), np.random.default_rng(1)
+    slopes, sinks = rng.standard_normal((2, HQ)).astype(np.float32)
+    given = {"alibi_slopes": slopes, "sinks": sinks}
+    (out, lse), pullback = cuflash.attention_vjp(
+        *map(kind.make, inputs.values()),
+        **{name: kind.make(x) for name, x in given.items()},
+        return_lse=True,
+    )
+    dout = rng.standard_normal(OUT).astype(np.float32)
+    dsinks = pullback(kind.make(dout)).dsinks
+    assert isinstance(dsinks, kind.array_class)
+    expected_out, expected_lse = reference.attention(**inputs, **given)
+    expected = reference.attention_backward(dout, **inputs, **given)
+    for found, right in ((out, expected_out), (lse, expected_lse), (dsinks, expected.dsinks)):
+        check_close(kind.read(found), right, "float32")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.ndarray.tolist,
+        np.array,
+        lambda x: torch_kind().make(x),
+        lambda x: jax_kind().make(x),
+    ],
+    ids=["list", "numpy", "torch", "jax"],
+)
+def test_named_arrays_of_any_kind(kind: Kind, make: Callable[[np.ndarray], Any]) -> None:
+    inputs, shift = tensors(), np.arange(SK, dtype=np.int32)
+    function = ScoreMod(
+        "score + shift(j)",
+        numpy_forward=lambda score, b, h, i, j, shift: score + shift[j],
+        named={"shift": make(shift)},
+    )
+    out = cuflash.attention(*map(kind.make, inputs.values()), score_mod=function)
+    expected, _ = reference.attention(**inputs, bias=shift)
+    check_close(kind.read(out), expected, "float32")
+
+
+@pytest.mark.parametrize("x", [1.5, "x", {}])
+def test_a_named_array_that_is_none(x: Any) -> None:
+    function = ScoreMod("score", numpy_forward=lambda score, *place, x: score, named={"x": x})
+    message = f"^cuflash.attention: score_mod x is a {type(x).__name__}; expected an array of NumPy"
+    with pytest.raises(TypeError, match=message):
+        cuflash.attention(**tensors(), score_mod=function)
+
+
 # What is refused
 
 
@@ -465,7 +517,7 @@ def test_what_is_no_array(x: Any, found: str) -> None:
             cuflash.attention(**{**tensors(), name: x})
 
 
-@pytest.mark.parametrize("name", ["mask", "bias", "out"])
+@pytest.mark.parametrize("name", ["mask", "bias", "alibi_slopes", "sinks", "out"])
 def test_options_that_are_no_arrays(name: str) -> None:
     with pytest.raises(TypeError, match=f"^cuflash.attention: {name} is a list; expected an array"):
         cuflash.attention(**tensors(), **{name: [[True]]})
@@ -489,7 +541,7 @@ def test_an_unknown_dlpack_device() -> None:
         cuflash.attention(**{**tensors(), "q": Elsewhere(None)})
 
 
-@pytest.mark.parametrize("name", ["k", "v", "mask", "bias", "out"])
+@pytest.mark.parametrize("name", ["k", "v", "mask", "bias", "alibi_slopes", "sinks", "out"])
 def test_mixed_kinds(name: str) -> None:
     make = torch_kind().make
     arguments = {**tensors(), name: make(np.zeros((1, 1), np.float32))}

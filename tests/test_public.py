@@ -128,6 +128,14 @@ def test_every_option_of_a_problem_is_public() -> None:
     assert public == expected
 
 
+HALVED = cuflash.ScoreMod(
+    "0.5f * score",
+    numpy_forward=lambda score, b, h, i, j: score / 2,
+    numpy_backward=lambda score, b, h, i, j: 0.5,
+)
+NEEDS = {"offset": {"causal": True}, "dropout": {"seed": 3}}
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -140,12 +148,16 @@ def test_every_option_of_a_problem_is_public() -> None:
         ("kv_lens", [5]),
         ("mask", np.arange(6) % 2 == 0),
         ("bias", np.arange(6, dtype=np.float64)),
+        ("alibi_slopes", np.array([0.5, 0.25])),
+        ("sinks", np.array([0.5, 0.25])),
+        ("dropout", 0.4),
+        ("score_mod", HALVED),
     ],
 )
 def test_every_option_counts_in_every_function(option: str, value: Any) -> None:
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, 1, 6, 2, 4))
-    given = {option: value, **({"causal": True} if option == "offset" else {})}
+    given = {option: value, **NEEDS.get(option, {})}
     plain, plain_pullback = cuflash.attention_vjp(q, k, v)
     out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
     assert not np.allclose(out, plain)
