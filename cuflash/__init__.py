@@ -6,6 +6,7 @@ from cuflash.attention import attention, attention_backward, attention_vjp
 from cuflash.explain import Explanation, explain
 from cuflash.merge import merge
 from cuflash.score_mod import ScoreMod
+from cuflash.validate import validate
 
 __version__ = "0.1.0"
 
@@ -19,4 +20,5 @@ __all__ = [
     "explain",
     "masks",
     "merge",
+    "validate",
 ]

@@ -77,6 +77,7 @@ class Check(NamedTuple):
 
     function: str
     device: str
+    reads_device: bool = False  # also values on a GPU, which means to wait for it
 
     def fail(self, error: type[Exception], message: str) -> NoReturn:
         raise error(f"cuflash.{self.function}: {message}")
@@ -356,7 +357,7 @@ class Check(NamedTuple):
 
     def values_within(self, name: str, array: Array, low: int, high: int) -> None:
         # Device values cannot be read without waiting for the device: the kernels clamp them.
-        if not isinstance(array, np.ndarray) or not array.size:
+        if not (isinstance(array, np.ndarray) or self.reads_device) or not array.size:
             return
         for value in (int(array.min()), int(array.max())):
             if not low <= value <= high:

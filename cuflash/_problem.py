@@ -112,6 +112,21 @@ class Problem:
             out=out,
         )
 
+    def check_values(self, function: str) -> None:
+        """Check the values of lengths, offsets and masks also where they are on a GPU: waits."""
+        check = Check(function, self.device, reads_device=True)
+        check.offset(self.offset, self.batch)
+        check.lengths("q_lens", self.q_lens, self.batch, self.seqlen_q)
+        check.lengths("kv_lens", self.kv_lens, self.batch, self.seqlen_k)
+        if self.mask is not None:
+            self.mask.check(check, self.scores_shape)
+
+    @property
+    def scores_shape(self) -> ScoresShape:
+        """What a mask is for."""
+        sizes = (self.batch, self.heads_q, self.heads_k, self.seqlen_q, self.seqlen_k)
+        return ScoresShape(*sizes)
+
     @property
     def dtype(self) -> np.dtype:
         """The dtype of q, k, v and of the result."""

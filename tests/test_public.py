@@ -19,7 +19,7 @@ import cuflash
 from cuflash._problem import Problem
 
 ROOT = Path(cuflash.__file__).parent.parent
-FUNCTIONS = ("attention", "attention_backward", "attention_vjp", "explain", "merge")
+FUNCTIONS = ("attention", "attention_backward", "attention_vjp", "explain", "merge", "validate")
 IMPORT_SECONDS = 0.3
 
 
@@ -101,6 +101,7 @@ def test_arrays_are_positional_and_options_are_keywords() -> None:
         "attention_vjp": ["q", "k", "v"],
         "explain": ["q", "k", "v"],
         "merge": ["outs", "lses"],
+        "validate": ["q", "k", "v"],
     }
     assert all(p.default is not p.empty for name in FUNCTIONS for p in options(name).values())
 
@@ -111,6 +112,7 @@ def test_the_functions_have_the_same_options() -> None:
         "attention_backward": {"dlse", "deterministic"},
         "attention_vjp": {"return_lse", "deterministic"},
         "explain": {"out"},
+        "validate": {"out"},
     }
     shared = {
         name: [repr(p) for n, p in options(name).items() if n not in names]
@@ -173,7 +175,7 @@ def test_every_option_counts_in_every_function(option: str, value: Any) -> None:
 # Docstrings
 
 
-@pytest.mark.parametrize("module", ["attention", "merge", "reference", "interop"])
+@pytest.mark.parametrize("module", ["attention", "merge", "reference", "interop", "validate"])
 def test_doctests(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cuflash.{module}"))
     assert result.failed == 0
