@@ -13,7 +13,7 @@ from cuflash._work import Tile
 def add(tile: Tile, scores: np.ndarray) -> None:
     """Add ALiBi and bias to the scores, in units of log 2, in place."""
     work, rows = tile.item.work, tile.rows.stop - tile.rows.start
-    by_head = scores.reshape(scores.shape[0], work.group, rows, -1)
+    by_head = scores.reshape(scores.shape[0], tile.item.group, rows, -1)
     if work.slopes is not None:
         for columns, keys in tile.columns:
             by_head[..., columns] += _alibi(tile, keys)

@@ -52,16 +52,23 @@ class Band:
 
     def hidden(self, rows: slice, keys: slice) -> np.ndarray | None:
         """(rows, keys), True where a row does not see a key; None if all see all."""
-        shape = (rows.stop - rows.start, keys.stop - keys.start)
-        shift = rows.start - keys.start
-        early = late = None
-        if self.first is not None and keys.start < rows.stop - 1 + self.first:
-            early = shift + self.first
-        if self.last is not None and keys.stop - 1 > rows.start + self.last:
-            late = shift + self.last
-        if early is None and late is None:
-            return None
-        return _outside(shape, early, late)
+        return hidden_by_band(rows, keys, self.first, self.last)
+
+
+def hidden_by_band(
+    rows: slice, keys: slice, first: int | None, last: int | None
+) -> np.ndarray | None:
+    """(rows, keys), True where not i + first <= j <= i + last; None if that is nowhere."""
+    shape = (rows.stop - rows.start, keys.stop - keys.start)
+    shift = rows.start - keys.start
+    early = late = None
+    if first is not None and keys.start < rows.stop - 1 + first:
+        early = shift + first
+    if last is not None and keys.stop - 1 > rows.start + last:
+        late = shift + last
+    if early is None and late is None:
+        return None
+    return _outside(shape, early, late)
 
 
 @lru_cache(maxsize=8)

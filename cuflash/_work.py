@@ -1,8 +1,10 @@
 """A problem on the CPU: its arrays by key head, and how they are cut into tiles.
 
 A tile is (heads, group * rows, keys): some key heads of one batch entry, and for each of them all
-query heads that read it, so that k and v are read once per group and never repeated. Tiles depend
-on the shapes alone, not on the number of threads, and so does every bit of the result.
+query heads that read it, so that k and v are read once per group and never repeated. With a mask
+they are the query heads for which it is the same, and the keys are those that the rows see some of,
+gathered block by block. Tiles depend on shapes and mask alone, not on the number of threads, and so
+does every bit of the result.
 """
 
 from __future__ import annotations
@@ -10,11 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from cuflash._arrays import LOG2_E, Hidden, Scratch, in_units_of_log2, packed
+from cuflash._mask_blocks import ALL, NOTHING, Area, BlockMask
 from cuflash._problem import Problem
 from cuflash._tiles import Band, blocks, visible_tiles
 
@@ -22,6 +26,9 @@ from cuflash._tiles import Band, blocks, visible_tiles
 # Python. Where rows see a band of keys, fewer rows waste less of its edges.
 TILE = (512, 512)
 TILE_OF_BAND = (256, 512)
+
+# Of each block of so many rows and keys a mask says whether nothing, some or all is visible.
+MASK_BLOCK = (128, 128)
 
 # Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
 MANY_TASKS = 16
@@ -38,11 +45,10 @@ class Work:
         self.softcap = problem.softcap * LOG2_E
         self.q = self.by_key_head(problem.q)
         self.k, self.v = (self.by_key_head(x, 1) for x in (problem.k, problem.v))
-        scores_shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
-        self.mask, self.bias = (
-            None if x is None else self.scores_by_key_head(np.broadcast_to(x, scores_shape))
-            for x in (None if problem.mask is None else problem.mask.array, problem.bias)
-        )
+        self.bias = problem.bias
+        if problem.bias is not None:
+            scores_shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
+            self.bias = self.scores_by_key_head(np.broadcast_to(problem.bias, scores_shape))
         self.slopes = self.sinks = None  # (B, Hk, group, 1, 1) and (Hk, group, 1), units of log 2
         if problem.alibi_slopes is not None:
             slopes = np.broadcast_to(problem.alibi_slopes, (problem.batch, problem.heads_q))
@@ -54,15 +60,32 @@ class Work:
             with np.errstate(all="ignore"):
                 self.sinks = in_units_of_log2(problem.sinks, self.dtype).reshape(by_head)
         self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
-        rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
-        self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
+        self.mask = None
+        if problem.mask is not None and problem.seqlen_k:
+            self.mask = BlockMask.of(problem, MASK_BLOCK)
+        self._cut(splits_rows)
+
+    def _cut(self, splits_rows: bool) -> None:
+        """Choose the sizes of tiles and tasks."""
+        problem, mask, size = self.problem, self.mask, math.prod(TILE)
+        if mask is None:
+            self.members = self.group
+            rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
+            rows //= self.group
+        else:
+            rows, keys = MASK_BLOCK
+            self.members = min(self.group, size // (rows * keys)) if mask.shares_group else 1
+            keys *= min(TILE[1], size // (self.members * rows)) // keys
+        self.tile_rows = max(1, min(problem.seqlen_q, rows))
         self.tile_keys = max(1, min(problem.seqlen_k, keys))
-        items = problem.batch * problem.heads_k
-        tile_size = self.group * self.tile_rows * self.tile_keys
+        tile_size = self.members * self.tile_rows * self.tile_keys
+        items = problem.batch * problem.heads_k * math.ceil(self.group / self.members)
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
         # Several heads to a tile mean less Python, where there are enough tasks without them.
         tasks = items * tiles if splits_rows else items
-        self.tile_heads = max(1, min(math.prod(TILE) // tile_size, tasks // MANY_TASKS))
+        self.tile_heads = max(1, min(size // tile_size, tasks // MANY_TASKS))
+        if mask is not None and not mask.shares_heads:
+            self.tile_heads = 1
         tasks_of_item = math.ceil(MANY_TASKS * self.tile_heads / max(1, items))
         self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
         self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
@@ -75,11 +98,15 @@ class Work:
 
     def items(self) -> list[Item]:
         """What shares no output."""
-        heads = list(blocks(slice(0, self.problem.heads_k), self.tile_heads))
-        return [Item(self, batch, some) for batch in range(self.problem.batch) for some in heads]
+        return [
+            Item(self, batch, heads, members)
+            for batch in range(self.problem.batch)
+            for heads in blocks(slice(0, self.problem.heads_k), self.tile_heads)
+            for members in blocks(slice(0, self.group), self.members)
+        ]
 
     def families(self) -> list[list[Item]]:
-        """Items that share elements of dbias: one thread adds to them, in order."""
+        """Items that share elements of dk, dv or dbias: one thread adds to them, in order."""
         shared = (False, False)
         if self.bias is not None:
             shared = (self.bias_shape[0] == 1, self.bias_shape[1] == 1)
@@ -110,6 +137,15 @@ class Run(NamedTuple):
 
     keys: slice
     hidden: np.ndarray | None  # broadcasts to (heads, group, rows, keys); None: all rows see all
+
+    def cut(self, size: int) -> tuple[Run, Run]:
+        """The first `size` keys, and the others."""
+        start, stop = self.keys.start, self.keys.stop
+        middle = min(start + size, stop)
+        first, rest = slice(start, middle), slice(middle, stop)
+        if self.hidden is None:
+            return Run(first, None), Run(rest, None)
+        return Run(first, self.hidden[..., :size]), Run(rest, self.hidden[..., size:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +178,7 @@ class Tile:
             for (columns, _), run in zip(self.columns, self.runs, strict=True)
             if run.hidden is not None
         ]
-        return Hidden(self.item.work.group, parts) if parts else None
+        return Hidden(self.item.group, parts) if parts else None
 
     @property
     def bias(self) -> np.ndarray | None:
@@ -155,9 +191,8 @@ class Tile:
 
     def places(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """b, h, i and j, the last three integers that broadcast to (heads, group, rows, keys)."""
-        work, heads = self.item.work, self.item.heads
-        first = np.arange(heads.start, heads.stop) * work.group
-        h = first[:, None] + np.arange(work.group)
+        h = np.arange(self.item.work.problem.heads_q).reshape(-1, self.item.work.group)
+        h = h[self.item.heads, self.item.members]
         i = np.arange(self.rows.start, self.rows.stop)
         j = np.concatenate([np.arange(run.keys.start, run.keys.stop) for run in self.runs])
         return self.item.batch, h[:, :, None, None], i[:, None], j
@@ -165,26 +200,37 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Some key heads of one batch entry, and the query heads that read them."""
+    """Some key heads of one batch entry, and query heads that read them."""
 
     work: Work
     batch: int
     heads: slice
+    members: slice  # of each key head's group
 
     @property
-    def start(self) -> tuple[int, int]:
-        """The batch entry and the first key head: no two items have the same."""
-        return (self.batch, self.heads.start)
+    def start(self) -> tuple[int, int, int]:
+        """The batch entry, the first key head and query head: no two items have the same."""
+        return (self.batch, self.heads.start, self.members.start)
 
     @property
-    def index(self) -> tuple[int, slice]:
-        """Into arrays by key head."""
-        return (self.batch, self.heads)
+    def index(self) -> tuple[int, slice, slice]:
+        """Into arrays (B, Hk, group, ...)."""
+        return (self.batch, self.heads, self.members)
+
+    @property
+    def key_index(self) -> tuple[int, slice, int]:
+        """Into arrays (B, Hk, 1, ...)."""
+        return (self.batch, self.heads, 0)
+
+    @property
+    def group(self) -> int:
+        """Query heads per key head."""
+        return self.members.stop - self.members.start
 
     @property
     def sinks(self) -> np.ndarray | None:
         """(heads, group, 1), in units of log 2."""
-        return None if self.work.sinks is None else self.work.sinks[self.heads]
+        return None if self.work.sinks is None else self.work.sinks[self.heads, self.members]
 
     @property
     def band(self) -> Band:
@@ -198,17 +244,75 @@ class Item:
     def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
         """(heads, keys, D) and (heads, keys, Dv)."""
         work = self.work
-        key, value = (x[self.index][:, 0, keys] for x in (work.k, work.v))
+        key, value = (x[self.key_index][:, keys] for x in (work.k, work.v))
         return key.astype(work.dtype, copy=False), value.astype(work.dtype, copy=False)
 
     def tiles(self, rows: slice, keys: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:
-        """What some rows see of some keys; key and value: of these keys."""
+        """What some rows see of some keys, without a mask; key and value: of these keys."""
         for tile_rows, seen in visible_tiles(self.band, rows, keys, self.work.tile_rows):
-            hidden = self.band.hidden(tile_rows, seen)
-            if self.work.mask is not None:
-                masked = ~self.work.mask[self.index][:, :, tile_rows, seen]
-                hidden = masked if hidden is None else hidden | masked
-                if hidden.all():
-                    continue
+            run = Run(seen, self.band.hidden(tile_rows, seen))
             part = slice(seen.start - keys.start, seen.stop - keys.start)
-            yield Tile(self, tile_rows, (Run(seen, hidden),), key[:, part], value[:, part])
+            yield Tile(self, tile_rows, (run,), key[:, part], value[:, part])
+
+    def masked_tiles(self, rows: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:
+        """What a tile's rows see of all keys; key and value: of all keys."""
+        for runs in _filled(self._visible_runs(rows), self.work.tile_keys):
+            yield Tile(self, rows, runs, _gathered(key, runs), _gathered(value, runs))
+
+    def _visible_runs(self, rows: slice) -> Iterator[Run]:
+        """The blocks of keys that the mask lets a tile's rows see some of."""
+        states = self.work.mask.states(*self.index, rows)[: -(-self.band.keys // MASK_BLOCK[1])]
+        for state, keys in _stretches(states, self.band.keys):
+            if state == ALL:
+                yield Run(keys, None)
+            elif state != NOTHING:
+                for some in blocks(keys, self.work.tile_keys):
+                    yield from self._evaluated(rows, some)
+
+    def _evaluated(self, rows: slice, keys: slice) -> Iterator[Run]:
+        """Of these keys the blocks that some row sees some of."""
+        mask = self.work.mask
+        visible = mask.visible(Area(mask.grid, *self.index, rows, keys))
+        width = keys.stop - keys.start
+        starts = np.arange(0, width, MASK_BLOCK[1])
+        is_seen = np.logical_or.reduceat(visible.any(axis=(0, 1, 2)), starts)
+        for seen, columns in _stretches(is_seen, width):
+            if seen:
+                hidden = ~visible[..., columns]
+                some = slice(keys.start + columns.start, keys.start + columns.stop)
+                yield Run(some, hidden if hidden.any() else None)
+
+
+def _stretches(states: np.ndarray, stop: int) -> Iterator[tuple[int, slice]]:
+    """Blocks of one state side by side: it, and their elements, the last of which is `stop - 1`."""
+    edges = np.flatnonzero(states[1:] != states[:-1]) + 1
+    for first, last in pairwise([0, *edges.tolist(), len(states)]):
+        if first < last:
+            size = MASK_BLOCK[1]
+            yield states[first], slice(first * size, min(last * size, stop))
+
+
+def _filled(runs: Iterator[Run], size: int) -> Iterator[tuple[Run, ...]]:
+    """The same runs, cut and put together to `size` keys; the last may have fewer."""
+    tile, room = [], size
+    for run in runs:
+        while run.keys.start < run.keys.stop:
+            first, run = run.cut(room)
+            tile.append(first)
+            room -= first.keys.stop - first.keys.start
+            if not room:
+                yield tuple(tile)
+                tile, room = [], size
+    if tile:
+        yield tuple(tile)
+
+
+def _gathered(x: np.ndarray, runs: tuple[Run, ...]) -> np.ndarray:
+    """The keys of some runs, of (heads, Sk, D); a view where they lie side by side."""
+    spans: list[slice] = []
+    for keys, _ in runs:
+        if spans and spans[-1].stop == keys.start:
+            keys = slice(spans.pop().start, keys.stop)
+        spans.append(keys)
+    parts = [x[:, span] for span in spans]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

@@ -15,6 +15,7 @@ Inside, scores are in units of log 2, because exp2 is twice as fast as exp.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,26 +77,32 @@ def backward(gradient: GradientProblem) -> Gradients:
         return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
     work = Work(problem, splits_rows=False)
     sums = _GradientSums(work)
-    loaded: dict[tuple[int, int], list[_RowBlock]] = {}
+    loaded: dict[tuple[int, int, int], _Operands] = {}
+    differentiate_item = _differentiate if work.mask is None else _differentiate_masked
 
-    def load(item: Item) -> list[_RowBlock]:
-        rows = blocks(slice(0, item.band.rows), work.tile_rows)
+    def load(item: Item) -> _Operands:
         with np.errstate(all="ignore"):
-            row_blocks = [_RowBlock.load(item, gradient, some) for some in rows]
-            sums.add_sinks(item, row_blocks)
-            return row_blocks
+            operands = _Operands.load(item, gradient)
+            sums.add_sinks(item, operands.row_blocks)
+            return operands
 
     def differentiate(task: tuple[int, list[Item]]) -> None:
         split, family = task
         with np.errstate(all="ignore"):
             for item in family:
-                row_blocks = loaded[item.start] if loaded else load(item)
-                _differentiate(item, row_blocks, sums, split)
+                operands = loaded[item.start] if loaded else load(item)
+                differentiate_item(item, operands, sums, split)
 
-    if sums.splits > 1:  # they read the same rows
+    def add_kept(item: Item) -> None:
+        with np.errstate(all="ignore"):
+            sums.add_kept(item)
+
+    if sums.splits > 1:  # they read the same rows, or with a mask the same keys
         for_each(lambda item: loaded.update({item.start: load(item)}), work.items())
     families = work.families()
     for_each(differentiate, [(split, one) for split in range(sums.splits) for one in families])
+    if work.mask is not None:
+        for_each(add_kept, [item for item in work.items() if not item.members.start])
     with np.errstate(all="ignore"):
         return sums.gradients()
 
@@ -105,12 +112,22 @@ def _attend(item: Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
     work, softmaxes = item.work, {}
     for tile_rows in blocks(rows, work.tile_rows):
         softmaxes[tile_rows.start] = _OnlineSoftmax(work, item.query(tile_rows))
-    for keys in blocks(item.band.keys_of(rows), work.tile_keys):
-        key, value = item.keys_and_values(keys)
-        for tile in item.tiles(rows, keys, key, value):
-            softmaxes[tile.rows.start].step(tile)
+    for tile in _tiles_of(item, rows):
+        softmaxes[tile.rows.start].step(tile)
     for tile_rows in blocks(rows, work.tile_rows):
         softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows], item.sinks)
+
+
+def _tiles_of(item: Item, rows: slice) -> Iterator[Tile]:
+    """All that some rows see."""
+    work, band = item.work, item.band
+    if work.mask is None:
+        for keys in blocks(band.keys_of(rows), work.tile_keys):
+            yield from item.tiles(rows, keys, *item.keys_and_values(keys))
+        return
+    key, value = item.keys_and_values(slice(0, band.keys))
+    for tile_rows in blocks(rows, work.tile_rows):
+        yield from item.masked_tiles(tile_rows, key, value)
 
 
 class _OnlineSoftmax:
@@ -193,11 +210,9 @@ class _OnlineSoftmax:
         np.divide(numerator, divisor[..., None], out=out, casting="same_kind")
 
 
-def _differentiate(
-    item: Item, row_blocks: list[_RowBlock], sums: _GradientSums, split: int
-) -> None:
+def _differentiate(item: Item, operands: _Operands, sums: _GradientSums, split: int) -> None:
     """Add what every `splits`-th block of keys contributes to the gradients of some heads."""
-    work, band = item.work, item.band
+    work, band, row_blocks = item.work, item.band, operands.row_blocks
     dqueries = [np.zeros(block.query[..., :-1].shape, work.dtype) for block in row_blocks]
     for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
         key, value = item.keys_and_values(keys)
@@ -205,22 +220,66 @@ def _differentiate(
         key, value = (packed(x[:, None], work.dtype, columns=1) for x in (key, value))
         for tile in item.tiles(slice(0, band.rows), keys, key, value):
             index = tile.rows.start // work.tile_rows
-            block, hidden = row_blocks[index], tile.hidden
-            probs, dscores, slope = block.differentiate_softmax(work, tile)
-            sums.add_bias(tile, split, dscores)
-            if slope is not None:
-                dscores *= slope
-            (seen,) = (run.keys for run in tile.runs)
-            part = (slice(None), slice(seen.start - keys.start, seen.stop - keys.start))
-            dvalue[part] += product(probs, block.dout[..., :-1], hidden, by_key=True)
-            dkey[part] += product(dscores, block.query[..., :-1], hidden, by_key=True)
-            dqueries[index] += product(dscores, tile.key[..., :-1], hidden)
-        np.multiply(dkey, LN_2, out=sums.dk[item.index][:, 0, keys], casting="same_kind")
-        sums.dv[item.index][:, 0, keys] = dvalue
+            of_query, of_key, of_value = _gradients_of(tile, row_blocks[index], sums, split)
+            (run,) = tile.runs
+            part = (slice(None), slice(run.keys.start - keys.start, run.keys.stop - keys.start))
+            dqueries[index] += of_query
+            dkey[part] += of_key
+            dvalue[part] += of_value
+        np.multiply(dkey, LN_2, out=sums.dk[item.key_index][:, keys], casting="same_kind")
+        sums.dv[item.key_index][:, keys] = dvalue
     for block, dquery in zip(row_blocks, dqueries, strict=True):
-        target = sums.dq[split][item.index][:, :, block.rows]
-        dquery = dquery.reshape(target.shape)
-        np.multiply(dquery, work.problem.scale, out=target, casting="same_kind")
+        sums.write_dq(item, block.rows, split, dquery)
+
+
+def _differentiate_masked(item: Item, operands: _Operands, sums: _GradientSums, split: int) -> None:
+    """Add what one split of the blocks of rows contributes to the gradients of some heads."""
+    work, (key, value) = item.work, operands.keys
+    some = work.mask.split_of_rows(*item.index, split, sums.splits)
+    span = work.mask.span_of_keys(*item.index, some)
+    dkey, dvalue = (np.zeros_like(x[:, span, :-1]) for x in (key, value))
+    for block in operands.row_blocks[some]:
+        dquery = np.zeros(block.query[..., :-1].shape, work.dtype)
+        for tile in item.masked_tiles(block.rows, key, value):
+            of_query, of_key, of_value = _gradients_of(tile, block, sums, split)
+            dquery += of_query
+            for columns, keys in tile.columns:
+                part = (slice(None), slice(keys.start - span.start, keys.stop - span.start))
+                dkey[part] += of_key[:, columns]
+                dvalue[part] += of_value[:, columns]
+        sums.write_dq(item, block.rows, 0, dquery)
+    sums.keep(item, split, span, dkey, dvalue)
+
+
+def _gradients_of(
+    tile: Tile, block: _RowBlock, sums: _GradientSums, split: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a tile adds to dq / scale, dk / ln 2 and dv; it adds to dbias itself."""
+    hidden = tile.hidden
+    probs, dscores, slope = block.differentiate_softmax(tile.item.work, tile)
+    sums.add_bias(tile, split, dscores)
+    if slope is not None:
+        dscores *= slope
+    dvalue = product(probs, block.dout[..., :-1], hidden, by_key=True)
+    dkey = product(dscores, block.query[..., :-1], hidden, by_key=True)
+    return product(dscores, tile.key[..., :-1], hidden), dkey, dvalue
+
+
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """What the splits of an item share."""
+
+    row_blocks: list[_RowBlock]
+    keys: tuple[np.ndarray, np.ndarray] | None  # with a mask: (heads, Sk, D + 1) and Dv + 1
+
+    @classmethod
+    def load(cls, item: Item, gradient: GradientProblem) -> _Operands:
+        work, keys = item.work, None
+        if work.mask is not None:
+            key, value = item.keys_and_values(slice(0, item.band.keys))
+            keys = tuple(packed(x[:, None], work.dtype, columns=1) for x in (key, value))
+        rows = blocks(slice(0, item.band.rows), work.tile_rows)
+        return cls([_RowBlock.load(item, gradient, some) for some in rows], keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,11 +344,17 @@ class _GradientSums:
     def __init__(self, work: Work) -> None:
         problem = work.problem
         self.work = work
-        key_blocks = math.ceil(problem.seqlen_k / work.tile_keys)
-        self.splits = max(1, min(key_blocks, MANY_TASKS // max(1, len(work.families()))))
+        masked = work.mask is not None
+        tiles = math.ceil(problem.seqlen_k / work.tile_keys)
+        if masked:
+            tiles = math.ceil(problem.seqlen_q / work.tile_rows)
+        self.splits = max(1, min(tiles, MANY_TASKS // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
-        dtype = problem.dtype if self.splits == 1 else work.dtype
-        self.dq_copies = [empty_like(problem.q, dtype=dtype) for _ in range(self.splits)]
+        # With a mask splits of the rows share dk and dv: each keeps its part until the end.
+        copies = 1 if masked else self.splits
+        dtype = problem.dtype if copies == 1 else work.dtype
+        self.dq_copies = [empty_like(problem.q, dtype=dtype) for _ in range(copies)]
+        self.kept: dict[tuple[int, int, int, int], tuple[slice, np.ndarray, np.ndarray]] = {}
         self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
         self.all_dk, self.all_dv = empty_like(problem.k), empty_like(problem.v)
         for batch, band in enumerate(work.bands):
@@ -299,8 +364,8 @@ class _GradientSums:
                 x[batch, band.keys :] = 0
         self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
         if problem.bias is not None:
-            # Splits have keys of their own, and share dbias only where all keys share a bias.
-            copies = self.splits if work.bias_shape[3] == 1 else 1
+            # Splits have keys or rows of their own, and share dbias only where these share a bias.
+            copies = self.splits if work.bias_shape[2 if masked else 3] == 1 else 1
             self.dbias_copies = [np.zeros(work.bias_shape, work.dtype) for _ in range(copies)]
         if problem.sinks is not None:
             by_batch = (problem.batch, problem.heads_k, problem.group)
@@ -324,13 +389,35 @@ class _GradientSums:
         batch = slice(tile.item.batch, tile.item.batch + 1)
         shared = [n == 1 for n in dbias.shape]
         axes = tuple(axis for axis, one in enumerate(shared) if one)
-        by_head = dscores.reshape(1, dscores.shape[0], self.work.group, -1, dscores.shape[-1])
+        by_head = dscores.reshape(1, dscores.shape[0], tile.item.group, -1, dscores.shape[-1])
         for columns, keys in tile.columns:
-            index = (batch, tile.item.heads, slice(None), tile.rows, keys)
+            index = (batch, *tile.item.index[1:], tile.rows, keys)
             target = dbias[
                 tuple(slice(None) if one else i for one, i in zip(shared, index, strict=True))
             ]
             target += by_head[..., columns].sum(axis=axes, keepdims=True)
+
+    def write_dq(self, item: Item, rows: slice, copy: int, dquery: np.ndarray) -> None:
+        """Write dq of some rows, of (heads, group * rows, D) that lacks the scale."""
+        target = self.dq[copy][item.index][:, :, rows]
+        dquery = dquery.reshape(target.shape)
+        np.multiply(dquery, self.work.problem.scale, out=target, casting="same_kind")
+
+    def keep(
+        self, item: Item, split: int, keys: slice, dkey: np.ndarray, dvalue: np.ndarray
+    ) -> None:
+        """Hold on to what a split of the rows adds to dk / ln 2 and dv of some keys."""
+        self.kept[(*item.start, split)] = (keys, dkey, dvalue)
+
+    def add_kept(self, item: Item) -> None:
+        """Write dk and dv of an item's key heads: what is kept of them, summed in order."""
+        parts = [self.kept[place] for place in sorted(self.kept) if place[:2] == item.start[:2]]
+        for number, target in ((1, self.dk), (2, self.dv)):
+            target = target[item.key_index][:, : item.band.keys]
+            total = np.zeros(target.shape, self.work.dtype)
+            for part in parts:
+                total[:, part[0]] += part[number]
+            np.multiply(total, LN_2 if number == 1 else 1, out=target, casting="same_kind")
 
     def gradients(self) -> Gradients:
         """The finished gradients in the dtypes of their inputs."""

@@ -28,6 +28,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that small problems have many of them."""
     monkeypatch.setattr(_work, "TILE", (TILE, 2 * TILE))
     monkeypatch.setattr(_work, "TILE_OF_BAND", (TILE, 2 * TILE))
+    monkeypatch.setattr(_work, "MASK_BLOCK", (TILE, TILE))
 
 
 def tensors(
