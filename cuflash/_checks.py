@@ -257,18 +257,16 @@ class Check(NamedTuple):
             return (None, 0 if causal else None)
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             self.fail(TypeError, f"window is {_shown(window)}; expected a pair (left, right)")
-        left = self.window_side("left", window[0])
-        right = self.window_side("right", window[1])
+        left = self.window_side("window left", window[0])
+        right = self.window_side("window right", window[1])
         return (left, 0 if causal else right)
 
     def window_side(self, name: str, side: Any) -> int | None:
         if side is None:
             return None
-        keys = self.integer(f"window {name}", side)
+        keys = self.integer(name, side)
         if keys < 0:
-            self.fail(
-                ValueError, f"window {name} is {keys}; expected 0 or more, or None for unbounded"
-            )
+            self.fail(ValueError, f"{name} is {keys}; expected 0 or more, or None for unbounded")
         return min(keys, 2 * MAX_OFFSET)  # reaches every key from every offset
 
     def offset(self, offset: Any, batch: int, name: str = "offset") -> int | Array | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, NoReturn
 
-from cuflash._checks import Array, Check
+from cuflash._checks import Array, Check, check_layouts
 
 
 class ScoresShape(NamedTuple):
@@ -51,6 +51,51 @@ class Mask:
 
     def __bool__(self) -> NoReturn:
         raise TypeError("cuflash.masks: a mask is neither true nor false; join masks by &, | and ~")
+
+    def compile(self, q: Array, k: Array) -> Compiled:
+        """The same mask, which calls classify once: to be shared by layers and steps.
+
+        A call finds out which tiles the mask hides and which it shows in full. It leaves that with
+        a compiled mask, for later calls, forward or backward, whose q, k and options have the same
+        shapes and kinds; calls with `q_lens`, `kv_lens` or an offset per batch entry find it out
+        for themselves. The mask's arrays must keep their values: compile again when they change,
+        which costs nothing but that.
+
+        Parameters
+        ----------
+        q, k : arrays (B, Sq, Hq, D) and (B, Sk, Hk, D)
+            As those of the calls; only their shapes, dtype and device count.
+
+        Returns
+        -------
+        Compiled
+            A mask like any other. Its arrays are on q's device.
+
+        Raises
+        ------
+        TypeError, ValueError, NotImplementedError
+            The mask does not fit q and k.
+
+        Examples
+        --------
+        >>> import numpy as np, cuflash
+        >>> q = k = v = np.ones((1, 6, 2, 4), np.float32)
+        >>> mask = cuflash.masks.causal() & cuflash.masks.documents(np.array([[0, 0, 0, 1, 1, 1]]))
+        >>> mask = mask.compile(q, k)
+        >>> for layer in range(2):  # the second classifies nothing
+        ...     v = cuflash.attention(q, k, v, mask=mask)
+        """
+        from cuflash.interop import receive  # which stands above this module: it knows masks
+
+        function = "masks.Mask.compile"
+        with receive(function, ("q", "k"), {"q": q, "k": k, "mask": self}) as call:
+            q, k, mask = (call.arguments[name] for name in ("q", "k", "mask"))
+            layouts = [(x.shape, x.strides, x.dtype) for x in (q, k, k)]
+            check_layouts(function, call.device, *layouts)
+            batch, seqlen_q, heads_q, _ = q.shape
+            shape = ScoresShape(batch, heads_q, k.shape[2], seqlen_q, k.shape[1])
+            mask.check(Check(function, call.device), shape)
+            return Compiled(call.on_device(mask), {})
 
     def leaves(self) -> list[Leaf]:
         """The leaves, from left to right; one that stands twice counts twice."""
@@ -213,12 +258,6 @@ class Intervals(Leaf):
         for side, x in (("start", self.start), ("end", self.end)):
             check.intervals(
                 f"{name} {side}", x, shape.batch, shape.heads_k, shape.seqlen_q, shape.seqlen_k
-            )
-        if self.start.shape != self.end.shape:
-            check.fail(
-                ValueError,
-                f"{name} start has shape {self.start.shape}, end has {self.end.shape}; "
-                "expected the same",
             )
 
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from cuflash._problem import Array, Problem
 from cuflash.score_mod import ScoreMod
 
 Foreign = Any  # an array of the caller's kind
+Structure = TypeVar("Structure", Mask, ScoreMod)
 
 OPTIONAL_ARRAYS = frozenset({"mask", "bias", "alibi_slopes", "sinks", "out", "dlse"})
 LENGTHS = frozenset({"offset", "q_lens", "kv_lens"})  # may be on the host where q is on a GPU
@@ -54,10 +55,15 @@ class Call(NamedTuple):
         for name in STRUCTURES:
             structure = getattr(problem, name)
             if structure is not None:
-                arrays = structure.arrays()
-                on_device = {n: _cupy().asarray(x) for n, x in arrays.items()}
-                changes[name] = structure.with_arrays(on_device)
+                changes[name] = self.on_device(structure)
         return replace(problem, **changes)
+
+    def on_device(self, structure: Structure) -> Structure:
+        """The same structure with its arrays on the call's device."""
+        if self.device == "cpu":
+            return structure
+        arrays = structure.arrays()
+        return structure.with_arrays({name: _cupy().asarray(x) for name, x in arrays.items()})
 
     def give(self, array: Array | None) -> Foreign:
         """A result as the caller's kind of array."""
@@ -99,7 +105,7 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
                 found = _locate(function, name, x)
                 if found[1] == "cpu":
                     host_lengths.append(name)
-                else:
+                elif name not in nested or found[1] != place:  # compiled masks hold CuPy arrays
                     _check_home(function, required[0], home, name, found)
                 sources[name] = found[0]
     if "out" in sources and "out" not in required and not framework.writable:

@@ -8,6 +8,21 @@ from __future__ import annotations
 
 import numpy as np
 
+from cuflash._mask_tree import (
+    And,
+    Band,
+    Blocks,
+    Compiled,
+    Dense,
+    Documents,
+    Expression,
+    Intervals,
+    Lengths,
+    Mask,
+    Not,
+    Or,
+    Prefix,
+)
 from cuflash._problem import Gradients
 from cuflash._random import dropped
 from cuflash.score_mod import ScoreMod
@@ -25,7 +40,7 @@ def attention(
     softcap: float | None = None,
     q_lens: np.ndarray | None = None,
     kv_lens: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
+    mask: Mask | np.ndarray | None = None,
     bias: np.ndarray | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
@@ -45,7 +60,7 @@ def attention(
     scale : multiplies q·k; by default 1 / sqrt(D)
     softcap : c: scores become c * tanh(scores / c)
     q_lens, kv_lens : (B,) integers, the valid rows and keys; what lies past them is never read
-    mask : boolean, True where attended, broadcast to (B, Hq, Sq, Sk)
+    mask : boolean, True where attended, broadcast to (B, Hq, Sq, Sk), or one of `cuflash.masks`
     bias : added to the scores after softcap, broadcast to (B, Hq, Sq, Sk)
     alibi_slopes : (Hq,) or (B, Hq); -slope * abs(i + offset - j) is added likewise
     sinks : (Hq,), each the score of one more key, which all rows see and which has the value 0
@@ -94,7 +109,7 @@ def attention_backward(
     softcap: float | None = None,
     q_lens: np.ndarray | None = None,
     kv_lens: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
+    mask: Mask | np.ndarray | None = None,
     bias: np.ndarray | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
@@ -167,7 +182,7 @@ def _visible(
     window: tuple[int | None, int | None] | None,
     q_lens: np.ndarray | None,
     kv_lens: np.ndarray | None,
-    mask: np.ndarray | None,
+    mask: Mask | np.ndarray | None,
 ) -> np.ndarray:
     """(B, Hq, Sq, Sk), True where a query sees a key, straight from the definitions."""
     (batch, seqlen_q, heads, _), seqlen_k = q.shape, k.shape[1]
@@ -187,7 +202,64 @@ def _visible(
         visible &= j >= center - left
     if right is not None:
         visible &= j <= center + right
+    if isinstance(mask, Mask):
+        b, h, i, j = np.ix_(*map(np.arange, visible.shape))
+        return visible & _sees(mask, b, h, i, j, center - i, _group(q, k))
     return visible if mask is None else visible & mask
+
+
+def _sees(
+    mask: Mask,
+    b: np.ndarray,
+    h: np.ndarray,
+    i: np.ndarray,
+    j: np.ndarray,
+    offset: np.ndarray,
+    group: int,
+) -> np.ndarray:
+    """What a mask makes visible, of indices and the call's offset that broadcast to the scores."""
+
+    def sees(part: Mask) -> np.ndarray:
+        return _sees(part, b, h, i, j, offset, group)
+
+    shape = (b.size, h.size, i.size, j.size)
+    match mask:
+        case And(left, right):
+            return sees(left) & sees(right)
+        case Or(left, right):
+            return sees(left) | sees(right)
+        case Not(inner):
+            return ~sees(inner)
+        case Compiled(inner, _):
+            return sees(inner)
+        case Band(left, right, own):
+            center = i + (offset if own is None else _per_batch(own))
+            visible = np.ones(shape, dtype=bool)
+            visible &= True if left is None else j >= center - left
+            visible &= True if right is None else j <= center + right
+            return visible
+        case Lengths(kv_lens, q_lens):
+            visible = np.ones(shape, dtype=bool)
+            visible &= True if kv_lens is None else j < kv_lens[b]
+            visible &= True if q_lens is None else i < q_lens[b]
+            return visible
+        case Documents(q_ids, kv_ids):
+            return q_ids[b, i] == (q_ids if kv_ids is None else kv_ids)[b, j]
+        case Prefix(n):
+            return j < n[b]
+        case Intervals(start, end):
+            key_head = h // group if start.shape[1] > 1 else 0
+            row = i[..., None]
+            inside = (start[b, key_head, j] <= row) & (row < end[b, key_head, j])
+            return ~inside.any(axis=-1)
+        case Blocks(array, block_q, block_k):
+            array = np.broadcast_to(array, (b.size, h.size, *array.shape[-2:]))
+            return array[b, h, i // block_q, j // block_k]
+        case Dense(array):
+            return np.broadcast_to(array, shape)
+        case Expression(_, named, function):
+            return np.broadcast_to(np.asarray(function(b, h, i, j, **named), dtype=bool), shape)
+    raise TypeError(f"{mask!r} is no mask")
 
 
 def _centers(
