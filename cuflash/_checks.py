@@ -26,6 +26,7 @@ NAMED_DTYPES = (
     FLOAT32,
 )
 MAX_HEAD_DIM = 256
+MAX_ATTACHMENTS = 32  # they leave a kernel half of its 4 KiB of parameters
 MAX_FACTOR = 1e30  # with 1 / MAX_FACTOR the range of scale and softcap in float32
 MAX_INDEX = 2**31 - 1024  # the kernels count rows, keys and blocks in 32 bits, rounded up to tiles
 SMALLEST_TILE = 32  # rows of a query tile, keys of a key tile
@@ -352,6 +353,8 @@ class Check(NamedTuple):
             self.fail(TypeError, f"{name} is {array.dtype}; expected one of {names}")
         if not 1 <= array.ndim <= 4:
             self.fail(ValueError, f"{name} has {array.ndim} axes; expected 1 to 4")
+        if not array.size:
+            self.fail(ValueError, f"{name} has shape {array.shape}; expected no axis of length 0")
 
     def values_within(self, name: str, array: Array, low: int, high: int) -> None:
         # Device values cannot be read without waiting for the device: the kernels clamp them.
@@ -364,14 +367,12 @@ class Check(NamedTuple):
     def alibi_slopes(self, slopes: Array | None, batch: int, heads: int) -> Array | None:
         if slopes is None:
             return None
-        self.only_on_cpu("alibi_slopes")
         self.per_head("alibi_slopes", slopes, ((heads,), (batch, heads)))
         return slopes
 
     def sinks(self, sinks: Array | None, heads: int) -> Array | None:
         if sinks is None:
             return None
-        self.only_on_cpu("sinks")
         self.per_head("sinks", sinks, ((heads,),))
         return sinks
 
@@ -390,8 +391,6 @@ class Check(NamedTuple):
         rate = self.number("dropout", dropout)
         if not 0 <= rate < 1:
             self.fail(ValueError, f"dropout is {rate}; expected at least 0 and less than 1")
-        if rate:
-            self.only_on_cpu("dropout")
         return rate
 
     def seed(self, seed: Any, dropout: float) -> int:
@@ -409,7 +408,6 @@ class Check(NamedTuple):
     ) -> Array | None:
         if bias is None:
             return None
-        self.only_on_cpu("bias")
         allowed = (dtype, accumulator_dtype(dtype))
         if bias.dtype not in allowed:
             names = " or ".join(dict.fromkeys(map(str, allowed)))
@@ -417,11 +415,13 @@ class Check(NamedTuple):
         self.broadcastable("bias", bias, scores_shape)
         return bias
 
-    def only_on_cpu(self, name: str) -> None:
-        if self.device == "cuda":
+    def attachments(self, count: int) -> None:
+        """What a mask and a score function hand to a kernel: rules and named arrays."""
+        if self.device == "cuda" and count > MAX_ATTACHMENTS:
             self.fail(
                 NotImplementedError,
-                f"{name} is not supported by the GPU kernels yet; the cpu backend (NumPy) has it",
+                f"mask and score_mod have {count} rules and named arrays; expected at most "
+                f"{MAX_ATTACHMENTS} on a GPU (the cpu backend takes any)",
             )
 
     def broadcastable(self, name: str, array: Array, scores_shape: tuple[int, ...]) -> None:

@@ -25,6 +25,11 @@ from cuflash._plan import Kernel
 
 SLOW_COMPILE_SECONDS = 1.0
 
+GENERATED_HEADER = "generated.cuh"
+# The files that a user's expressions claim to be lines of (_program.py).
+_USER_CODE = r"masks\.expression|ScoreMod\.forward|ScoreMod\.backward"
+_USER_LINES = rf'#line 1 "({_USER_CODE})"\n((?:.|\n)*?)\n#line'
+
 logger = logging.getLogger("cuflash")
 
 # NVRTC compiles one program at a time; the lock lets a second thread find the result of the first.
@@ -165,17 +170,23 @@ def kernel_dir() -> Path:
     )
 
 
-def source_closure(source: str) -> dict[str, str]:
-    """The text of a file and of every header it includes, by path relative to kernel_dir()."""
+def source_closure(source: str, generated: str = "") -> dict[str, str]:
+    """The text of a file and of every header it includes, by path relative to kernel_dir().
+
+    `generated`: stands for the header of that name, unless it is empty.
+    """
     folder = kernel_dir()
-    texts: dict[str, str] = {}
+    texts = {GENERATED_HEADER: generated} if generated else {}
+    visited: set[str] = set()
     missing = [(source, "")]
     while missing:
         name, includer = missing.pop()
-        if name in texts:
+        if name in visited:
             continue
+        visited.add(name)
         try:
-            texts[name] = (folder / name).read_text(encoding="utf-8")
+            if name not in texts:
+                texts[name] = (folder / name).read_text(encoding="utf-8")
         except FileNotFoundError:
             blame = f", which {includer} includes," if includer else ""
             raise FileNotFoundError(f"cuflash: {name}{blame} is not in {folder}") from None
@@ -188,7 +199,7 @@ def _compile(kernel: Kernel, arch: str) -> Cubin:
     """NVRTC's result for `arch`: a cubin for sm_80, PTX for compute_80."""
     nvrtc = _nvrtc()
     _check_arch(nvrtc, arch)
-    headers = source_closure(kernel.source)
+    headers = source_closure(kernel.source, kernel.generated)
     source = headers.pop(kernel.source)
     program = nvrtc.createProgram(
         source,
@@ -203,16 +214,26 @@ def _compile(kernel: Kernel, arch: str) -> Cubin:
         image = nvrtc.getCUBIN(program) + b"\0" if _is_real(arch) else nvrtc.getPTX(program)
         log = nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError as error:
-        raise CompileError(
-            f"cuflash: NVRTC {_dotted(nvrtc_version())} cannot compile {_describe(kernel, arch)}\n"
-            + nvrtc.getProgramLog(program).rstrip("\0")
-        ) from error
+        raise CompileError(_complaint(kernel, arch, nvrtc.getProgramLog(program))) from error
     finally:
         nvrtc.destroyProgram(program)
     seconds = time.perf_counter() - start
     if seconds > SLOW_COMPILE_SECONDS:
         logger.info("compiled %s in %.1f s", _describe(kernel, arch), seconds)
     return Cubin(image, log.rstrip("\0"), seconds=seconds)
+
+
+def _complaint(kernel: Kernel, arch: str, log: str) -> str:
+    """What NVRTC says; where it concerns a user's expression, of its lines alone."""
+    log = log.rstrip("\0")
+    own = re.findall(rf"^(?:{_USER_CODE}).*: error: .*(?:\n(?!\S).*)*", log, re.MULTILINE)
+    if own:
+        lines = dict(re.findall(_USER_LINES, kernel.generated))
+        blamed = [f"  {name}: {lines[name]}" for name in lines if any(name in x for x in own)]
+        return "\n".join(["cuflash: the expression does not compile", *blamed, *own])
+    return (
+        f"cuflash: NVRTC {_dotted(nvrtc_version())} cannot compile {_describe(kernel, arch)}\n{log}"
+    )
 
 
 def _options(kernel: Kernel, arch: str) -> tuple[str, ...]:
@@ -263,7 +284,7 @@ def _digest(kernel: Kernel, arch: str) -> str:
     """sha256 of everything that decides what NVRTC makes."""
     recipe = {
         "source": kernel.source,
-        "closure": source_closure(kernel.source),
+        "closure": source_closure(kernel.source, kernel.generated),
         "options": _options(kernel, arch),  # hold the architecture and the constants
         "nvrtc": nvrtc_version(),
     }

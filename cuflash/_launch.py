@@ -6,13 +6,15 @@ import ctypes
 import os
 from dataclasses import replace
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
 
-from cuflash import _jit, _params, _plan
+from cuflash import _classify, _jit, _params, _plan
 from cuflash._problem import Array, GradientProblem, Gradients, Problem
+from cuflash._term_gradients import RowStats, bias_gradient, sink_gradient
 
 # cuda.h: CUtensorMap's alignment and, of its enumerations, ..._UINT16, ..._INTERLEAVE_NONE,
 # ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE, ..._SWIZZLE_64B and 128B.
@@ -20,8 +22,9 @@ _TENSOR_MAP_ALIGNMENT = 64
 _UINT16, _NO_INTERLEAVE, _L2_128_BYTES, _ZEROS_OUTSIDE = 1, 0, 2, 0
 _SWIZZLES = {64: 2, 128: 3}
 
+_INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _MAX_CHOICES = 4096
-_forward_choices: dict[tuple, tuple[_plan.ForwardPlan, int, tuple[int, int]]] = {}
+_forward_choices: dict[tuple, _Choice] = {}
 
 
 class Gpu:
@@ -86,24 +89,31 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
     lse = on.empty(problem.lse_shape, problem.lse_dtype)
     if not lse.size:
         return out, lse
-    problem = _with_device_lengths(problem, on)
+    problem = _with_device_arrays(problem, on)
 
-    plan, heads_per_section, panels = _forward_choice(problem, out, on.device)
+    choice = _forward_choice(problem, out, on.device)
+    plan, heads_per_section = choice.plan, choice.heads_per_section
+    masking = _params.NO_MASKING
+    if choice.traits.extras.program.source:
+        masking = _classify.masking(problem, choice.traits, plan.tiling, on, of_keys=False)
     if plan.backend == "sm80":
-        params = _params.pack_forward(problem, out, lse, heads_per_section)
-        on.run(plan.kernel, _query_tiles(problem, plan.block_q), params)
+        params = _params.pack_forward(problem, out, lse, heads_per_section, masking)
+        on.run(plan.kernel, _query_tiles(problem, plan.tiling.block_q), params)
         return out, lse
     params = _params.pack_forward_sm90(
         problem,
         out,
         lse,
         heads_per_section * problem.group,
-        panels,
-        plan.block_kv,
+        choice.panels,
+        plan.tiling.block_kv,
         on.encode,
+        masking,
     )
-    tiles = problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.block_q)
-    on.run(plan.kernel, min(tiles, on.device.sms), params)
+    blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.tiling.block_q)
+    if problem.mask is None:
+        blocks = min(blocks, on.device.sms)  # else tiles differ: the hardware spreads them evenly
+    on.run(plan.kernel, blocks, params)
     return out, lse
 
 
@@ -118,19 +128,28 @@ def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]
 
 def _backward_query_tiles(problem: Problem, plan: _plan.BackwardPlan) -> int:
     if plan.backend == "sm80":
-        return _query_tiles(problem, plan.block_q)
-    return problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.block_q)
+        return _query_tiles(problem, plan.tiling.block_q)
+    return problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.tiling.block_q)
 
 
-def _forward_choice(
-    problem: Problem, out: Array, device: _plan.Device
-) -> tuple[_plan.ForwardPlan, int, tuple[int, int]]:
-    """The plan, heads per section and panels, kept by layout: a warm call looks them up."""
-    layout = (device, *_params.layout(problem, out))
+class _Choice(NamedTuple):
+    """What a forward pass is launched with."""
+
+    traits: _plan.Traits
+    plan: _plan.ForwardPlan
+    heads_per_section: int
+    panels: tuple[int, int]
+
+
+def _forward_choice(problem: Problem, out: Array, device: _plan.Device) -> _Choice:
+    """Kept by layout: a warm call looks it up."""
+    extras = _plan.Extras.of(problem)
+    layout = (device, *_params.layout(problem, out, extras))
     choice = _forward_choices.get(layout)
     if choice is None:
         traits = forward_traits(problem, out)
-        choice = (
+        choice = _Choice(
+            traits,
             _plan.forward_plan(traits, device.capability),
             _plan.heads_per_section(problem, device),
             _plan.panels(traits),
@@ -173,33 +192,47 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     problem = gradient.forward
     on = on or gpu(problem.q.device.id)
     q, k, v = problem.q, problem.k, problem.v
-    if not q.size or not k.size:
-        return Gradients(*(on.zeros(x.shape, x.dtype) for x in (q, k, v)))
+    if not q.size or (not k.size and problem.sinks is None):
+        inputs = (q, k, v, problem.bias, problem.sinks)
+        return Gradients(*(None if x is None else on.zeros(x.shape, x.dtype) for x in inputs))
     grads = tuple(on.empty(x.shape, x.dtype) for x in (q, k, v))
-    problem = _with_device_lengths(problem, on)
+    sinks_dtype = None if problem.sinks is None else problem.sinks.dtype
+    problem = _with_device_arrays(problem, on)
     gradient = _with_contiguous_stats(gradient, problem, on)
 
     traits = backward_traits(gradient, grads)
     plan = _plan.backward_plan(traits, on.device.capability, gradient.deterministic)
+    masking = _params.NO_MASKING
+    if traits.extras.program.source:
+        masking = _classify.masking(problem, traits, plan.tiling, on, of_keys=True)
     query_tiles = _backward_query_tiles(problem, plan)
-    rows = query_tiles * plan.block_q
+    rows = query_tiles * plan.tiling.block_q
     workspace = (
         on.empty((rows,), np.float32),
         on.empty((rows,), np.float32),
         on.empty((rows * plan.head_dim,), np.float32),
         on.empty((1 + query_tiles,), np.uint32),
     )
-    params = main_params = _params.pack_backward(gradient, grads, workspace)
+    params = main_params = _params.pack_backward(gradient, grads, workspace, masking)
     if plan.backend == "sm90":
-        tile = (plan.block_q, plan.block_kv)
+        tile = (plan.tiling.block_q, plan.tiling.block_kv)
         main_params = _params.pack_backward_sm90(
             gradient, grads, params, tile, plan.panels, on.encode
         )
-    key_tiles = problem.batch * problem.heads_k * -(-problem.seqlen_k // plan.block_kv)
+    key_tiles = problem.batch * problem.heads_k * -(-problem.seqlen_k // plan.tiling.block_kv)
     on.run(plan.prep, query_tiles, params)
-    on.run(plan.main, key_tiles, main_params)
+    if key_tiles:
+        on.run(plan.main, key_tiles, main_params)
     on.run(plan.post, query_tiles, params)
-    return Gradients(*grads)
+    group = problem.group if plan.tiling.pack_group else 1
+    rows_per_head = rows // max(1, problem.batch * problem.heads_q // group)
+    stats = RowStats(*workspace[:2], rows_per_head, group)
+    dbias = dsinks = None
+    if problem.bias is not None:
+        dbias = bias_gradient(gradient, traits, stats, on)
+    if problem.sinks is not None:
+        dsinks = sink_gradient(gradient, traits, stats, sinks_dtype, on)
+    return Gradients(*grads, dbias, dsinks)
 
 
 @lru_cache(maxsize=4096)
@@ -238,20 +271,23 @@ def _query_tiles(problem: Problem, block_q: int) -> int:
     return problem.batch * problem.heads_k * -(-rows // block_q)
 
 
-def _with_device_lengths(problem: Problem, on: Gpu) -> Problem:
-    """The kernels read lengths and offsets as contiguous int64."""
-    names = ("q_lens", "kv_lens", "offset")
-    arrays = {name: getattr(problem, name) for name in names}
-    given = {name: x for name, x in arrays.items() if x is not None and not isinstance(x, int)}
-    if not given:
-        return problem
-    int64 = np.dtype(np.int64)
-    return replace(problem, **{name: on.as_contiguous(x, int64) for name, x in given.items()})
+def _with_device_arrays(problem: Problem, on: Gpu) -> Problem:
+    """The kernels read integers as contiguous int64, slopes and sinks as contiguous float32."""
+    integers = {name: getattr(problem, name) for name in ("q_lens", "kv_lens", "offset")}
+    floats = {name: getattr(problem, name) for name in ("alibi_slopes", "sinks")}
+    changes = {n: on.as_contiguous(x, _INT64) for n, x in integers.items() if _is_array(x)}
+    changes |= {n: on.as_contiguous(x, _FLOAT32) for n, x in floats.items() if _is_array(x)}
+    if problem.mask is not None:
+        changes["mask"] = problem.mask.map_integers(lambda x: on.as_contiguous(x, _INT64))
+    return replace(problem, **changes) if changes else problem
+
+
+def _is_array(x: Array | int | None) -> bool:
+    return x is not None and not isinstance(x, int)
 
 
 def _with_contiguous_stats(gradient: GradientProblem, problem: Problem, on: Gpu) -> GradientProblem:
     """The kernels read lse and dlse as contiguous float32."""
-    float32 = np.dtype(np.float32)
-    dlse = None if gradient.dlse is None else on.as_contiguous(gradient.dlse, float32)
-    lse = on.as_contiguous(gradient.lse, float32)
+    dlse = None if gradient.dlse is None else on.as_contiguous(gradient.dlse, _FLOAT32)
+    lse = on.as_contiguous(gradient.lse, _FLOAT32)
     return replace(gradient, forward=problem, lse=lse, dlse=dlse)

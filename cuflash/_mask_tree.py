@@ -101,6 +101,12 @@ class Mask:
         """The leaves, from left to right; one that stands twice counts twice."""
         raise NotImplementedError
 
+    @property
+    def attachments(self) -> int:
+        """What it hands to a kernel: its rules, and the arrays that expressions name."""
+        leaves = self.leaves()
+        return sum(len(x.named) if isinstance(x, Expression) else 1 for x in leaves)
+
     def arrays(self) -> dict[str, Any]:
         """Every array of the leaves, by a name for messages: the leaf's number, kind and field."""
         return {
@@ -108,6 +114,15 @@ class Mask:
             for number, leaf in enumerate(self.leaves())
             for name, x in leaf.own_arrays().items()
         }
+
+    def map_integers(self, convert: Callable[[Array], Array]) -> Mask:
+        """The same tree with what `convert` makes of the rules' arrays of integers."""
+        arrays = self.arrays()
+        for number, leaf in enumerate(self.leaves()):
+            for name, x in () if isinstance(leaf, Expression) else leaf.own_arrays().items():
+                if x.dtype.kind in "iu":
+                    arrays[f"mask leaf {number} ({leaf.kind}) {name}"] = convert(x)
+        return self.with_arrays(arrays)
 
     def with_arrays(self, arrays: Mapping[str, Any]) -> Mask:
         """The same tree with other arrays under the names of `arrays()`."""

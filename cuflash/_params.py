@@ -11,13 +11,27 @@ from typing import Any, NamedTuple
 from cuflash._overlap import address
 from cuflash._problem import Array, GradientProblem, Problem
 
-_PROBLEM = "3Q3q6iIi2i4f"
 _TENSOR = "Q3q"
-_FORWARD = Struct(_PROBLEM + 4 * _TENSOR + "Q2i")
-_BACKWARD = Struct(_PROBLEM + 8 * _TENSOR + "6Q")
+_PROBLEM = Struct("3Q3q6iIi2i4f" + "QqQ" + "Q4q" + "QIf" + "Q3q")  # and the attachments
+_FORWARD = Struct(4 * _TENSOR + "Q2i")
+_BACKWARD = Struct(8 * _TENSOR + "6Q")
+_MASK_TILES = Struct("Q4i")
+_MASK_LISTS = Struct("3Q3q4i")
+_MASK_BITS = Struct("Q4qQ4i")
+_ROW_STATS = "2Q2q"
+_BIAS_GRADIENT = Struct(4 * _TENSOR + _ROW_STATS + "Q2qQ" + "6i")
+_BIAS_SUM = Struct("2Q2q")
+_SINK_GRADIENT = Struct(_ROW_STATS + "Q")
 TENSOR_MAP_BYTES = 128  # of a CUtensorMap
-FORWARD_BYTES = _FORWARD.size
-BACKWARD_BYTES = _BACKWARD.size
+PROBLEM_BYTES = _PROBLEM.size
+FORWARD_BYTES = PROBLEM_BYTES + _FORWARD.size
+BACKWARD_BYTES = PROBLEM_BYTES + _BACKWARD.size
+MASK_TILES_BYTES = PROBLEM_BYTES + _MASK_TILES.size
+MASK_LISTS_BYTES = _MASK_LISTS.size
+MASK_BITS_BYTES = _MASK_BITS.size
+BIAS_GRADIENT_BYTES = PROBLEM_BYTES + _BIAS_GRADIENT.size
+BIAS_SUM_BYTES = _BIAS_SUM.size
+SINK_GRADIENT_BYTES = PROBLEM_BYTES + _SINK_GRADIENT.size
 FORWARD_SM90_BYTES = 4 * TENSOR_MAP_BYTES + -(-FORWARD_BYTES // 64) * 64
 BACKWARD_SM90_BYTES = 6 * TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
 
@@ -45,10 +59,35 @@ class TensorMap(NamedTuple):
 Encoder = Callable[[TensorMap], bytes]
 
 
-def pack_forward(problem: Problem, out: Array, lse: Array, heads_per_section: int) -> bytes:
+class TileLists(NamedTuple):
+    """Of mask_lists.cu: strides in entries, 0 where batch entries or heads share their lists."""
+
+    address: int
+    batch_stride: int
+    head_stride: int
+    pitch: int
+
+
+class Masking(NamedTuple):
+    """What a launch hands over of a mask's tree and a score function."""
+
+    lists: TileLists = TileLists(0, 0, 0, 0)
+    attachments: bytes = b""
+    owners: tuple[Array, ...] = ()  # arrays that must live until the launch
+
+
+NO_MASKING = Masking()
+
+
+def pack_forward(
+    problem: Problem,
+    out: Array,
+    lse: Array,
+    heads_per_section: int,
+    masking: Masking = NO_MASKING,
+) -> bytes:
     """ForwardParams."""
-    return _FORWARD.pack(
-        *_problem(problem),
+    return _problem(problem, masking) + _FORWARD.pack(
         *_tensor(problem.q),
         *_tensor(problem.k),
         *_tensor(problem.v),
@@ -67,6 +106,7 @@ def pack_forward_sm90(
     panels: tuple[int, int],
     block_kv: int,
     encode: Encoder,
+    masking: Masking = NO_MASKING,
 ) -> bytes:
     """ForwardParamsSm90; `panels`: columns of a panel of q and k, of v and out."""
     maps = (
@@ -75,20 +115,20 @@ def pack_forward_sm90(
         row_map(problem.v, block_kv, panels[1]),
         store_map(out, _WARPGROUP_ROWS, panels[1]),
     )
-    params = b"".join(map(encode, maps)) + pack_forward(problem, out, lse, heads_per_section)
-    return params.ljust(FORWARD_SM90_BYTES, b"\0")
+    call = pack_forward(problem, out, lse, heads_per_section, masking)
+    return _with_maps(maps, call, encode)
 
 
 def pack_backward(
     gradient: GradientProblem,
     grads: tuple[Array, Array, Array],
     workspace: tuple[Array, Array, Array, Array],
+    masking: Masking = NO_MASKING,
 ) -> bytes:
     """BackwardParams; `workspace` is lse_log2, delta, dq_acc and turns."""
     problem = gradient.forward
     tensors = (problem.q, problem.k, problem.v, gradient.out, gradient.dout, *grads)
-    return _BACKWARD.pack(
-        *_problem(problem),
+    return _problem(problem, masking) + _BACKWARD.pack(
         *(field for tensor in tensors for field in _tensor(tensor)),
         address(gradient.lse),
         0 if gradient.dlse is None else address(gradient.dlse),
@@ -96,12 +136,92 @@ def pack_backward(
     )
 
 
-def layout(problem: Problem, out: Array) -> tuple[Any, ...]:
+def pack_mask_tiles(problem: Problem, masking: Masking, sights: Array, masks_of_rows: int) -> bytes:
+    """MaskTilesParams of mask_tiles.cu; sights: (batches, heads, query tiles, key tiles)."""
+    fields = (address(sights), *sights.shape[:2], masks_of_rows, 0)
+    return _problem(problem, masking) + _MASK_TILES.pack(*fields)
+
+
+def pack_mask_lists(sights: Array, entries: Array, turns: Array | None, of_keys: bool) -> bytes:
+    """MaskListsParams of mask_lists.cu; sights: (batches, heads, query tiles, key tiles)."""
+    batches, heads, query_tiles, key_tiles = sights.shape
+    lines, steps = (key_tiles, query_tiles) if of_keys else (query_tiles, key_tiles)
+    strides = (1, key_tiles) if of_keys else (key_tiles, 1)
+    return _MASK_LISTS.pack(
+        address(sights),
+        address(entries),
+        0 if turns is None else address(turns),
+        *strides,
+        batches * heads,
+        lines,
+        steps,
+        int(of_keys),
+        0,
+    )
+
+
+def pack_mask_bits(booleans: Array, words: Array) -> bytes:
+    """MaskBitsParams of mask_bits.cu; both with four axes."""
+    return _MASK_BITS.pack(address(booleans), *booleans.strides, address(words), *booleans.shape)
+
+
+def pack_bias_gradient(
+    gradient: GradientProblem,
+    masking: Masking,
+    stats: tuple[Array, Array, int, int],
+    sights: Array | None,
+    sums: Array,
+    extent: tuple[int, ...],
+    splits: int,
+) -> bytes:
+    """BiasGradientParams of flash_bwd_bias.cu."""
+    problem = gradient.forward
+    tensors = (problem.q, problem.k, problem.v, gradient.dout)
+    sights_fields = (0, 0, 0)
+    if sights is not None:
+        batches, heads, query_tiles, key_tiles = sights.shape
+        matrix = query_tiles * key_tiles
+        sights_fields = (
+            address(sights),
+            0 if batches == 1 else heads * matrix,
+            0 if heads == 1 else matrix,
+        )
+    return _problem(problem, masking) + _BIAS_GRADIENT.pack(
+        *(field for tensor in tensors for field in _tensor(tensor)),
+        *_row_stats(stats),
+        *sights_fields,
+        address(sums),
+        *extent,
+        splits,
+        0,
+    )
+
+
+def pack_bias_sum(sums: Array, dbias: Array, splits: int) -> bytes:
+    """BiasSumParams of flash_bwd_bias_sum.cu."""
+    return _BIAS_SUM.pack(address(sums), address(dbias), dbias.size, splits)
+
+
+def pack_sink_gradient(
+    problem: Problem, masking: Masking, stats: tuple[Array, Array, int, int], dsinks: Array
+) -> bytes:
+    """SinkGradientParams of flash_bwd_sinks.cu."""
+    fields = (*_row_stats(stats), address(dsinks))
+    return _problem(problem, masking) + _SINK_GRADIENT.pack(*fields)
+
+
+def _row_stats(stats: tuple[Array, Array, int, int]) -> tuple[int, int, int, int]:
+    """RowStats of backward.cuh."""
+    lse_log2, delta, rows_per_head, group = stats
+    return (address(lse_log2), address(delta), rows_per_head, group)
+
+
+def layout(problem: Problem, out: Array, extras: Any) -> tuple[Any, ...]:
     """All that a forward plan depends on: equal layouts have equal plans."""
     q, k, v = problem.q, problem.k, problem.v
     low_bits = (address(q) | address(k) | address(v) | address(out)) % 16
     arrays = (q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides)
-    return (*arrays, low_bits, q.dtype, problem.scale > 0, problem.softcap > 0)
+    return (*arrays, low_bits, q.dtype, problem.scale > 0, problem.softcap > 0, extras)
 
 
 def alignment(*arrays: Array) -> int:
@@ -137,7 +257,7 @@ def pack_backward_sm90(
         store_map(grads[1], _WARPGROUP_ROWS, panels[0]),
         store_map(grads[2], _WARPGROUP_ROWS, panels[2]),
     )
-    return (b"".join(map(encode, maps)) + call).ljust(BACKWARD_SM90_BYTES, b"\0")
+    return _with_maps(maps, call, encode)
 
 
 def tma_obstacle(arrays: dict[str, Array]) -> str:
@@ -215,13 +335,19 @@ def _tensor(array: Array) -> tuple[int, int, int, int]:
     return address(array), batch // itemsize, seq // itemsize, head // itemsize
 
 
-def _problem(problem: Problem) -> tuple[Any, ...]:
+def _with_maps(maps: tuple[TensorMap, ...], call: bytes, encode: Encoder) -> bytes:
+    """Tensor maps, then the others' parameters, up to the multiple of a map's alignment."""
+    return b"".join(map(encode, maps)) + call.ljust(-(-len(call) // 64) * 64, b"\0")
+
+
+def _problem(problem: Problem, masking: Masking) -> bytes:
     left, right = problem.window
     scale, softcap = problem.scale, problem.softcap
     offset = problem.offset
     offset_is_array = offset is not None and not isinstance(offset, int)
     scale_log2 = scale * _LOG2_E
-    return (
+    slopes = problem.alibi_slopes
+    fields = _PROBLEM.pack(
         0 if problem.q_lens is None else address(problem.q_lens),
         0 if problem.kv_lens is None else address(problem.kv_lens),
         address(offset) if offset_is_array else 0,
@@ -241,7 +367,25 @@ def _problem(problem: Problem) -> tuple[Any, ...]:
         scale_log2,
         scale / softcap if softcap else 0.0,
         softcap * _LOG2_E,
+        0 if slopes is None else address(slopes),
+        0 if slopes is None or slopes.ndim == 1 else slopes.shape[1],
+        0 if problem.sinks is None else address(problem.sinks),
+        *_score_tensor(problem.bias),
+        problem.seed,
+        math.floor(problem.dropout * 2**32),
+        1 / (1 - problem.dropout),
+        *masking.lists,
     )
+    return fields + masking.attachments
+
+
+def _score_tensor(x: Array | None) -> tuple[int, ...]:
+    """ScoreTensor: its address, and strides in elements, 0 along axes of one."""
+    if x is None:
+        return (0,) * 5
+    missing = 4 - x.ndim
+    strides = zip(x.strides, x.shape, strict=True)
+    return (address(x), *[0] * missing, *(0 if n == 1 else s // x.itemsize for s, n in strides))
 
 
 def _division(divisor: int) -> tuple[int, int]:

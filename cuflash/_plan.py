@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from cuflash import _params
 from cuflash._problem import Problem
+from cuflash._program import ATTACHMENT_BYTES, Program, program
 
 KIB = 1024
 # Shared memory that one block may have (CUDA C++ Programming Guide, compute capabilities).
@@ -14,6 +15,7 @@ _SMEM_LIMIT = {80: 163 * KIB, 87: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 103:
 _SMALL_SMEM_LIMIT = 99 * KIB  # 8.6, 8.9, 12.x
 # Beyond this many accumulators a thread of the backward spills (NVRTC 13.5, 2026-11).
 _MAX_BACKWARD_ACCUMULATORS = 192
+_MAX_ACCUMULATORS_BY_PAIR = 144  # likewise, where scores depend on their place
 # A warp with 32 rows and a quarter of 256 columns of dq spills; 16 rows and a half do not.
 _MAX_HEAD_DIM_OF_TWO_QUERY_WARPS = 128
 # Two warps for each of an SM's four schedulers, so that one computes while the other waits.
@@ -24,6 +26,9 @@ _HEAD_DIMS_SM90 = (64, 96, 128, 192, 256)
 _MAX_HEAD_DIM_OF_PING_PONG = 128
 _STAGES_SM90 = 2
 _WARPGROUP_ROWS = 64
+_MASK_WARPS = 4
+_BIAS_WARPS = 4
+_SINK_WARPS = 8
 _CONSUMER_WARPS_SM90 = 8  # of the backward
 # Up to here the registers of a warpgroup hold dk and dv of 64 keys; above, two divide them.
 _MAX_ROWS_DIM_SM90 = 128
@@ -55,6 +60,48 @@ class Kernel:
     constants: tuple[tuple[str, int], ...]
     threads: int
     smem_bytes: int
+    generated: str = ""  # the text of generated.cuh; empty: as in kernels_cu
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    """What a problem has beside a band of keys and a scale: constants that are 0 without it."""
+
+    program: Program = Program()
+    alibi: bool = False
+    bias_bytes: int = 0  # of an element
+    sinks: bool = False
+    dropout: bool = False
+
+    @classmethod
+    def of(cls, problem: Problem) -> Extras:
+        return cls(
+            program=program(problem.mask, problem.score_mod),
+            alibi=problem.alibi_slopes is not None,
+            bias_bytes=0 if problem.bias is None else problem.bias.itemsize,
+            sinks=problem.sinks is not None,
+            dropout=problem.dropout > 0,
+        )
+
+    def constants(self) -> dict[str, int]:
+        """The -D constants of those that there are."""
+        constants = {
+            "ATTACHMENTS": self.program.attachments,
+            "ALIBI": int(self.alibi),
+            "BIAS_BYTES": self.bias_bytes,
+            "SINKS": int(self.sinks),
+            "DROPOUT": int(self.dropout),
+        }
+        return {name: value for name, value in constants.items() if value}
+
+    @property
+    def by_pair(self) -> bool:
+        """Whether scores or probabilities depend on their place, which takes registers."""
+        terms = self.alibi or self.bias_bytes or self.program.has_score_mod
+        return bool(terms or self.dropout or self.program.has_mask)
+
+
+NO_EXTRAS = Extras()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +117,7 @@ class Traits:
     scale_first: bool
     few_rows: bool
     tma: bool = False  # what Hopper's kernels need is given
+    extras: Extras = NO_EXTRAS
 
     @classmethod
     def of(cls, problem: Problem, alignment: int, tma: bool = False) -> Traits:
@@ -84,11 +132,13 @@ class Traits:
             scale_first=problem.scale <= 0 and not problem.softcap,
             few_rows=problem.seqlen_q * problem.group <= _FEW_ROWS.block_q,
             tma=tma,
+            extras=Extras.of(problem),
         )
 
     def constants(self) -> dict[str, int]:
         """The -D constants that every kernel reads."""
         return {
+            **self.extras.constants(),
             "BFLOAT16": int(self.dtype == "bfloat16"),
             "HEAD_DIM": self.head_dim,
             "HEAD_DIM_V": self.head_dim_v,
@@ -98,6 +148,25 @@ class Traits:
             "SCALE_FIRST": int(self.scale_first),
         }
 
+    def attachments(self) -> dict[str, int]:
+        """The -D constant of kernels that only have to know their parameter's size."""
+        count = self.extras.program.attachments
+        return {"ATTACHMENTS": count} if count else {}
+
+    def params_bytes(self, without_attachments: int) -> int:
+        """Of a kernel's parameter."""
+        attached = ATTACHMENT_BYTES * self.extras.program.attachments
+        return without_attachments + attached
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a kernel cuts the matrix of scores."""
+
+    block_q: int
+    block_kv: int
+    pack_group: bool  # rows are those of a key head's whole group
+
 
 @dataclass(frozen=True, slots=True)
 class ForwardPlan:
@@ -105,8 +174,7 @@ class ForwardPlan:
 
     backend: str
     kernel: Kernel
-    block_q: int
-    block_kv: int
+    tiling: Tiling
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +188,7 @@ class BackwardPlan:
     prep: Kernel
     main: Kernel
     post: Kernel
-    block_q: int
-    block_kv: int
+    tiling: Tiling
     head_dim: int  # padded, of a row of dq's sums
     panels: tuple[int, int, int] = (0, 0, 0)  # sm90: columns of one of q, of k, of v and dout
 
@@ -132,7 +199,8 @@ def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
     if backend_of(capability, traits.tma) == "sm90":
         return _forward_plan_sm90(traits)
     arch = _arch(capability)
-    candidates = (_FEW_ROWS,) if traits.few_rows else _FORWARD_TILES
+    candidates = _FORWARD_TILES_BY_PAIR if traits.extras.by_pair else _FORWARD_TILES
+    candidates = (_FEW_ROWS,) if traits.few_rows else candidates
     fitting = [
         tiles
         for tiles in candidates
@@ -147,15 +215,20 @@ def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
         "BLOCK_KV": tiles.block_kv,
         "WARPS": tiles.warps,
         "SMEM_BYTES": smem_bytes,
-        "PARAMS_BYTES": _params.FORWARD_BYTES,
+        "PARAMS_BYTES": traits.params_bytes(_params.FORWARD_BYTES),
     }
-    kernel = _kernel("flash_fwd_sm80.cu", "flash_fwd", arch, constants, tiles.warps, smem_bytes)
-    return ForwardPlan("sm80", kernel, tiles.block_q, tiles.block_kv)
+    kernel = _kernel(
+        "flash_fwd_sm80.cu", "flash_fwd", arch, constants, tiles.warps, smem_bytes, traits
+    )
+    return ForwardPlan("sm80", kernel, Tiling(tiles.block_q, tiles.block_kv, traits.pack_group))
 
 
 def _forward_plan_sm90(traits: Traits) -> ForwardPlan:
     """The first of the preferred tiles that fit."""
-    tiles = next(tiles for tiles in _HOPPER_FORWARD_TILES if tiles.serves(traits))
+    candidates = _HOPPER_FORWARD_TILES
+    if traits.extras.by_pair:
+        candidates = _HOPPER_FORWARD_TILES_BY_PAIR
+    tiles = next(tiles for tiles in candidates if tiles.serves(traits))
     out_over_q = not tiles.has_room_for_out(traits)
     smem_bytes = tiles.smem_bytes(traits, out_over_q)
     constants = {
@@ -165,16 +238,19 @@ def _forward_plan_sm90(traits: Traits) -> ForwardPlan:
         "PING_PONG": int(padded_sm90(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG),
         "OUT_OVER_Q": int(out_over_q),
         "SMEM_BYTES": smem_bytes,
-        "PARAMS_BYTES": _params.FORWARD_SM90_BYTES,
+        "PARAMS_BYTES": traits.params_bytes(_params.FORWARD_SM90_BYTES),
     }
     warps = 4 * (1 + tiles.consumers)
-    kernel = _kernel("flash_fwd_sm90.cu", "flash_fwd", "sm_90a", constants, warps, smem_bytes)
-    return ForwardPlan("sm90", kernel, tiles.block_q, tiles.block_kv)
+    kernel = _kernel(
+        "flash_fwd_sm90.cu", "flash_fwd", "sm_90a", constants, warps, smem_bytes, traits
+    )
+    return ForwardPlan("sm90", kernel, Tiling(tiles.block_q, tiles.block_kv, pack_group=False))
 
 
 def _constants_sm90(traits: Traits) -> dict[str, int]:
     """The -D constants that Hopper's kernels share."""
     return {
+        **traits.extras.constants(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": padded_sm90(traits.head_dim),
         "HEAD_DIM_V": padded_sm90(traits.head_dim_v),
@@ -195,6 +271,7 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
         if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
     )
     shared = {
+        **traits.attachments(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": traits.head_dim,
         "HEAD_DIM_V": traits.head_dim_v,
@@ -203,7 +280,7 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
         "BLOCK_Q": tiles.block_q,
         "WARPS": tiles.warps,
         "QUERY_WARPS": tiles.query_warps(traits.head_dim),
-        "PARAMS_BYTES": _params.BACKWARD_BYTES,
+        "PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_BYTES),
     }
     smem_bytes = tiles.smem_bytes(traits)
     main = {
@@ -221,10 +298,9 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
     return BackwardPlan(
         backend="sm80",
         prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, tiles.warps, 0),
-        main=_kernel("flash_bwd_sm80.cu", "flash_bwd", arch, main, tiles.warps, smem_bytes),
+        main=_kernel("flash_bwd_sm80.cu", "flash_bwd", arch, main, tiles.warps, smem_bytes, traits),
         post=_kernel("flash_bwd_post.cu", "flash_bwd_post", arch, post, tiles.warps, dq_bytes),
-        block_q=tiles.block_q,
-        block_kv=tiles.block_kv,
+        tiling=Tiling(tiles.block_q, tiles.block_kv, traits.pack_group),
         head_dim=traits.head_dim,
     )
 
@@ -233,8 +309,10 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
     """As many keys and queries as leave the accumulators in registers."""
     head_dim, head_dim_v = (_padded_to_64(x) for x in (traits.head_dim, traits.head_dim_v))
     wide = max(head_dim, head_dim_v) > _MAX_ROWS_DIM_SM90
-    block_q, block_kv = (64 if max(head_dim, head_dim_v) > 64 else 128), (64 if wide else 128)
+    few_registers = max(head_dim, head_dim_v) > 64 or traits.extras.by_pair
+    block_q, block_kv = (64 if few_registers else 128), (64 if wide else 128)
     shared = {
+        **traits.attachments(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
@@ -243,7 +321,7 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
         "WARPS": _CONSUMER_WARPS_SM90,
         "QUERY_WARPS": block_q // 16,
         "SUM_FLOATS": 4,
-        "PARAMS_BYTES": _params.BACKWARD_BYTES,
+        "PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_BYTES),
     }
     both = head_dim + head_dim_v
     scores = (4 if wide else 2) * block_kv * block_q  # two buffers of ds, and of p if wide
@@ -251,11 +329,12 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
     smem_bytes = 2 * tiles + 8 * (2 + 4 * _STAGES_SM90) + 8  # mbarriers, the ticket
     main = {
         **shared,
+        **traits.extras.constants(),
         "SOFTCAP": int(traits.softcap),
         "SCALE_FIRST": int(traits.scale_first),
         "DETERMINISTIC": int(deterministic),
         "SMEM_BYTES": smem_bytes,
-        "MAPPED_PARAMS_BYTES": _params.BACKWARD_SM90_BYTES,
+        "MAPPED_PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_SM90_BYTES),
     }
     dq_bytes = 2 * block_q * head_dim
     post = {**shared, "SMEM_BYTES": dq_bytes}
@@ -264,13 +343,96 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
     return BackwardPlan(
         backend="sm90",
         prep=_kernel("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, warps, 0),
-        main=_kernel(source, "flash_bwd", arch, main, 4 + warps, smem_bytes),
+        main=_kernel(source, "flash_bwd", arch, main, 4 + warps, smem_bytes, traits),
         post=_kernel("flash_bwd_post.cu", "flash_bwd_post", arch, post, warps, dq_bytes),
-        block_q=block_q,
-        block_kv=block_kv,
+        tiling=Tiling(block_q, block_kv, pack_group=False),
         head_dim=head_dim,
         panels=_backward_panels_sm90(head_dim, head_dim_v, block_q, wide),
     )
+
+
+@lru_cache(maxsize=1024)
+def mask_tiles_kernel(traits: Traits, tiling: Tiling, capability: int, whole_rows: bool) -> Kernel:
+    """Finds the visible tiles; `whole_rows`: those with rows past the end are not fully visible."""
+    constants = {
+        **traits.attachments(),
+        "BLOCK_Q": tiling.block_q,
+        "BLOCK_KV": tiling.block_kv,
+        "PACK_GROUP": int(tiling.pack_group),
+        "WHOLE_ROWS": int(whole_rows),
+        "WARPS": _MASK_WARPS,
+        "PARAMS_BYTES": traits.params_bytes(_params.MASK_TILES_BYTES),
+    }
+    arch = _arch(capability)
+    return _kernel("mask_tiles.cu", "mask_tiles", arch, constants, _MASK_WARPS, 0, traits)
+
+
+@cache
+def mask_lists_kernel(capability: int) -> Kernel:
+    """Lists the visible tiles."""
+    constants = {"WARPS": _MASK_WARPS, "PARAMS_BYTES": _params.MASK_LISTS_BYTES}
+    return _kernel("mask_lists.cu", "mask_lists", _arch(capability), constants, _MASK_WARPS, 0)
+
+
+@cache
+def mask_bits_kernel(capability: int) -> Kernel:
+    """Packs a boolean array."""
+    constants = {"WARPS": _MASK_WARPS, "PARAMS_BYTES": _params.MASK_BITS_BYTES}
+    return _kernel("mask_bits.cu", "mask_bits", _arch(capability), constants, _MASK_WARPS, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class BiasGradientPlan:
+    """Two kernels in a row: parts of the sums, and these in one."""
+
+    kernel: Kernel
+    sum: Kernel
+    tiling: Tiling
+
+
+@lru_cache(maxsize=1024)
+def bias_gradient_plan(traits: Traits, capability: int) -> BiasGradientPlan:
+    """Tiles of 64 x 64 where shared memory holds them, else of 32 x 32."""
+    both = traits.head_dim + traits.head_dim_v
+    block = 64 if 2 * 2 * 64 * both <= smem_limit(capability) else 32
+    smem_bytes = max(2 * 2 * block * both, 4 * block * block)
+    constants = {
+        **traits.constants(),
+        "PACK_GROUP": 0,
+        "BLOCK_Q": block,
+        "BLOCK_KV": block,
+        "WARPS": _BIAS_WARPS,
+        "QUERY_WARPS": 2,
+        "SCORE_WARPS": 2,
+        "BIAS_PARAMS_BYTES": traits.params_bytes(_params.BIAS_GRADIENT_BYTES),
+        "SMEM_BYTES": smem_bytes,
+    }
+    sum_constants = {
+        "BFLOAT16": int(traits.dtype == "bfloat16"),
+        "BIAS_BYTES": traits.extras.bias_bytes,
+        "WARPS": _BIAS_WARPS,
+        "PARAMS_BYTES": _params.BIAS_SUM_BYTES,
+    }
+    arch, warps = _arch(capability), _BIAS_WARPS
+    name, sum_name = "flash_bwd_bias", "flash_bwd_bias_sum"
+    return BiasGradientPlan(
+        _kernel(f"{name}.cu", name, arch, constants, warps, smem_bytes, traits),
+        _kernel(f"{sum_name}.cu", sum_name, arch, sum_constants, warps, 0),
+        Tiling(block, block, pack_group=False),
+    )
+
+
+@lru_cache(maxsize=1024)
+def sink_gradient_kernel(traits: Traits, capability: int) -> Kernel:
+    """Sums over the rows of each head."""
+    constants = {
+        **traits.attachments(),
+        "SINKS": 1,
+        "WARPS": _SINK_WARPS,
+        "SINK_PARAMS_BYTES": traits.params_bytes(_params.SINK_GRADIENT_BYTES),
+    }
+    name = "flash_bwd_sinks"
+    return _kernel(f"{name}.cu", name, _arch(capability), constants, _SINK_WARPS, 0)
 
 
 def _backward_panels_sm90(
@@ -417,8 +579,10 @@ class _BackwardTiles:
         threads = 32 * self.warps
         both = traits.head_dim + traits.head_dim_v
         accumulators = self.block_kv * (both + 2 * self.block_q) // threads
+        by_pair = traits.extras.by_pair
+        most = _MAX_ACCUMULATORS_BY_PAIR if by_pair else _MAX_BACKWARD_ACCUMULATORS
         query_rows = 16 * self.query_warps(traits.head_dim)
-        return accumulators <= _MAX_BACKWARD_ACCUMULATORS and query_rows <= self.block_q
+        return accumulators <= most and query_rows <= self.block_q
 
     def _columns_divide(self, head_dim: int) -> bool:
         return head_dim % (16 * self.warps // 2) == 0
@@ -474,6 +638,16 @@ _HOPPER_FORWARD_TILES = (
     _HopperForwardTiles(consumers=2, block_kv=112, max_head_dim=256, max_head_dim_v=192),
     _HopperForwardTiles(consumers=2, block_kv=80, max_head_dim=256, max_head_dim_v=256),
 )
+# Where scores depend on their place, finding it takes registers.
+_FORWARD_TILES_BY_PAIR = (
+    _ForwardTiles(block_q=128, block_kv=64, warps=8, max_head_dim=256),
+    _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256),
+)
+_HOPPER_FORWARD_TILES_BY_PAIR = (
+    _HopperForwardTiles(consumers=2, block_kv=96, max_head_dim=256, max_head_dim_v=128),
+    _HopperForwardTiles(consumers=2, block_kv=80, max_head_dim=256, max_head_dim_v=192),
+    _HopperForwardTiles(consumers=2, block_kv=64, max_head_dim=256, max_head_dim_v=256),
+)
 _BACKWARD_TILES = (
     _BackwardTiles(64, 128, warps=8, stages=2, score_warps=2, key_warps=4),
     _BackwardTiles(64, 128, warps=8, stages=1, score_warps=2, key_warps=4),
@@ -490,6 +664,15 @@ def _arch(capability: int) -> str:
 
 
 def _kernel(
-    source: str, entry: str, arch: str, constants: dict[str, int], warps: int, smem_bytes: int
+    source: str,
+    entry: str,
+    arch: str,
+    constants: dict[str, int],
+    warps: int,
+    smem_bytes: int,
+    traits: Traits | None = None,
 ) -> Kernel:
-    return Kernel(source, entry, arch, tuple(sorted(constants.items())), 32 * warps, smem_bytes)
+    """`traits`: of a kernel that reads the call's own source."""
+    generated = "" if traits is None else traits.extras.program.source
+    named = tuple(sorted(constants.items()))
+    return Kernel(source, entry, arch, named, 32 * warps, smem_bytes, generated)

@@ -71,10 +71,6 @@ class Problem:
         scores_shape = (batch, heads_q, seqlen_q, seqlen_k)
         if device == "cuda":
             check.addresses({"q": q, "k": k, "v": v, "out": out})
-        if mask is not None:
-            check.only_on_cpu("mask")
-        if score_mod is not None:
-            check.only_on_cpu("score_mod")
         if mask is not None and not isinstance(mask, Mask):
             mask = Dense(check.mask(mask, scores_shape))
         if mask is not None:
@@ -84,12 +80,14 @@ class Problem:
                 found = type(score_mod).__name__
                 check.fail(TypeError, f"score_mod is a {found}; expected a cuflash.ScoreMod")
             score_mod.check(check)
+        structures = [x for x in (mask, score_mod) if x is not None]
+        check.attachments(sum(x.attachments for x in structures))
         if out is not None:
             inputs = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
             inputs |= {"offset": offset, "q_lens": q_lens, "kv_lens": kv_lens}
             inputs |= {"alibi_slopes": alibi_slopes}
-            for structure in (mask, score_mod):
-                inputs |= {} if structure is None else structure.arrays()
+            for structure in structures:
+                inputs |= structure.arrays()
             check.out(out, (batch, seqlen_q, heads_q, v.shape[3]), q.dtype, inputs)
         return cls(
             device=device,

@@ -89,22 +89,22 @@ def attention(
         past q_lens out is 0 and lse is -inf. Values on the host are checked; values on a GPU are
         read there, and clipped to the arrays' lengths.
     mask : bool array that broadcasts to (B, Hq, Sq, Sk), or an object of `cuflash.masks`
-        True where the query sees the key, if all else lets it. CPU only.
+        True where the query sees the key, if all else lets it.
     bias : array that broadcasts to (B, Hq, Sq, Sk)
-        Added to the scaled and capped scores; of q's dtype or lse's. CPU only.
+        Added to the scaled and capped scores; of q's dtype or lse's.
     alibi_slopes : array (Hq,) or (B, Hq), floating
-        Adds -slope * abs(i + offset - j). CPU only.
+        Adds -slope * abs(i + offset - j).
     sinks : array (Hq,), floating
         One more score per query head, which takes probability and has no value; lse counts it, also
-        where a query sees no key. CPU only.
+        where a query sees no key.
     dropout : float
         The share of probabilities that become 0, at least 0 and less than 1; the others grow by
-        1 / (1 - dropout). lse is without it. CPU only.
+        1 / (1 - dropout). lse is without it.
     seed : int
         From 0 to 2^64 - 1, needed with dropout. What is dropped depends on it and on (batch entry,
         query head, query, key) alone.
     score_mod : ScoreMod
-        Replaces the scaled and capped scores by a function of them. CPU only.
+        Replaces the scaled and capped scores by a function of them.
     return_lse : bool
         Also return lse.
     out : array (B, Sq, Hq, Dv)
@@ -127,7 +127,8 @@ def attention(
     ValueError
         Arrays lie on different devices, or a shape, a stride or a value is not possible.
     NotImplementedError
-        The GPU kernels do not have it: a head size over 256, and what is CPU only.
+        The GPU kernels do not have it: a head size over 256, a mask of more than 32 rules. The CPU
+        has no function for a user's expression.
     ImportError, RuntimeError
         The arrays are on a GPU; CuPy is not installed, or cannot use that GPU.
 

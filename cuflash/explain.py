@@ -90,4 +90,6 @@ def _explain(function: str, arguments: dict[str, Any]) -> Explanation:
         from cuflash import _launch
 
         plan, reason = _launch.explain(problem)
-    return Explanation(plan.backend, reason, plan.kernel.source, plan.block_q, plan.block_kv)
+    return Explanation(
+        plan.backend, reason, plan.kernel.source, plan.tiling.block_q, plan.tiling.block_kv
+    )

@@ -75,6 +75,11 @@ class ScoreMod:
             check_expression("ScoreMod", "backward", self.backward)
         check_names("ScoreMod", self.named)
 
+    @property
+    def attachments(self) -> int:
+        """What it hands to a kernel: the named arrays."""
+        return len(self.named)
+
     def arrays(self) -> dict[str, Any]:
         """The named arrays, by a name for messages."""
         return {f"score_mod {name}": x for name, x in self.named.items()}

@@ -60,6 +60,19 @@ DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
   return ((i64)batch * rows.heads + head) * rows.tiles(kBlockQ) + tile;
 }
 
+// lse_log2 and delta, for kernels whose rows are not those of the main kernel.
+struct RowStats {
+  const float* lse_log2;
+  const float* delta;
+  i64 rows_per_head;  // of the main kernel's Rows, in whole tiles
+  i64 group;          // heads of q in these rows
+
+  DEVICE i64 index(const Problem& p, int batch, int head, int position) const {
+    const i64 heads = p.heads_k * p.group / group;
+    return (batch * heads + head / group) * rows_per_head + position * group + head % group;
+  }
+};
+
 // dq_acc keeps each thread's accumulators a block's width apart, in pieces of kSumFloats, so that a
 // warp's accesses are contiguous. f(accumulator, its address).
 template <class F>

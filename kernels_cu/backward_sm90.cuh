@@ -32,8 +32,9 @@
 #define SUM_FLOATS 4
 #endif
 #include "backward.cuh"
+#include "dropout.cuh"
 #include "schedule.cuh"
-#include "softmax.cuh"
+#include "scores.cuh"
 #include "warpgroup.cuh"
 
 #ifndef DETERMINISTIC
@@ -195,13 +196,29 @@ DEVICE bool any_non_finite(float (&acc)[1][kN][4]) {
   return !(sum == 0.f);
 }
 
-// What the mask forbids has no probability and no gradient. columns[r]: what accumulator row
-// acc_row(0, 2 r) may keep, less acc_col(0, 0).
+// What a thread's accumulators of sᵀ may keep: those that the mask does not forbid.
+template <bool kByPair>
+struct VisibleOf {
+  u64 bits;  // Places::visible
+};
+template <>
+struct VisibleOf<false> {
+  Interval columns[2];  // of accumulator row acc_row(0, 2 r), less acc_col(0, 0)
+};
+typedef VisibleOf<kHasTree> Visible;
+
+// What the mask forbids has no probability and no gradient.
 template <int kN>
-DEVICE void hide(float (&acc)[1][kN][4], const Interval (&columns)[2]) {
+DEVICE void hide(float (&acc)[1][kN][4], const VisibleOf<false>& visible) {
   for_each(acc, [&](float& x, int, int n, int e) {
     const int column = 8 * n + e % 2;
-    if (column < columns[e / 2].begin || column >= columns[e / 2].end) x = 0.f;
+    if (column < visible.columns[e / 2].begin || column >= visible.columns[e / 2].end) x = 0.f;
+  });
+}
+template <int kN>
+DEVICE void hide(float (&acc)[1][kN][4], const VisibleOf<true>& visible) {
+  for_each(acc, [&](float& x, int m, int n, int e) {
+    if (!bit_of<kN>(visible.bits, m, n, e)) x = 0.f;
   });
 }
 
@@ -248,6 +265,7 @@ struct BackwardConsumer {
   const Mask& mask;
   const Storage& smem;
   const Scores scores;
+  const Dropout dropout;
   const int index;  // of the warpgroup
   Stage stage;
 
@@ -258,6 +276,7 @@ struct BackwardConsumer {
         mask(mask),
         smem(smem),
         scores(p.call.problem),
+        dropout(p.call.problem),
         index(warpgroup_id() - 1) {}
 
  protected:
@@ -291,32 +310,43 @@ struct BackwardConsumer {
     wgmma_commit();
   }
 
-  // The products s and dp, of which dp and kLater more groups are in flight, become p and ds.
-  // Whether this thread's s or dp of a partly visible tile was not finite.
+  DEVICE Places<true> places(const GroupTiles& walk) const {
+    return {mask, walk.head, walk.tiles.current * kBlockQ + first_query(),
+            work.tile * kBlockKV + first_key() + warpgroup_row()};
+  }
+
+  // The products s and dp, of which dp and kLater more groups are in flight, become p, after
+  // dropout, and ds. Whether this thread's s or dp of a partly visible tile was not finite.
   template <bool kPartly, int kLater>
-  DEVICE bool finish_scores(ScoreAcc& s, ScoreAcc& dp, const Interval (&columns)[2]) const {
+  DEVICE bool finish_scores(ScoreAcc& s, ScoreAcc& dp, const GroupTiles& walk,
+                            const Visible& visible) const {
+    u64 kept = 0;
+    if (kDropout) kept = dropout.template kept<1, kQueries / 8>(places(walk));
     wgmma_wait<kLater + 1>(s);
     bool non_finite = false;
     if constexpr (kPartly) non_finite = any_non_finite(s);
-    scores.transform(s);  // while dpᵀ is on its way
-    if constexpr (!kSoftcap) differentiate<true, false>(s, dp);
+    // A softcap's and the terms' derivatives need s and dp at once.
+    constexpr bool kAtOnce = kSoftcap || kHasTerms;
+    if constexpr (!kHasTerms) scores.transform(s, places(walk));  // while dpᵀ is on its way
+    if constexpr (!kAtOnce) differentiate<true, false>(s, dp, walk, kept);
     wgmma_wait<kLater>(dp, s);
     if constexpr (kPartly) non_finite |= any_non_finite(dp);
-    differentiate<kSoftcap, true>(s, dp);  // a softcap's derivative needs s and dp at once
+    differentiate<kAtOnce, true>(s, dp, walk, kept);
     if constexpr (kPartly) {
-      hide(s, columns);
-      hide(dp, columns);
+      hide(s, visible);
+      hide(dp, visible);
     }
     return non_finite;
   }
 
-  // kProbs: s, transformed, becomes p. kGradients: dp becomes ds.
+  // kProbs: s, transformed unless it has terms, becomes p. kGradients: dp becomes ds.
   template <bool kProbs, bool kGradients>
-  DEVICE void differentiate(ScoreAcc& s, ScoreAcc& dp) const {
+  DEVICE void differentiate(ScoreAcc& s, ScoreAcc& dp, const GroupTiles& walk, u64 kept) const {
     constexpr int kFloat = sizeof(float);
     // Each in one register, to which the loads add constants.
     const u32 lse = opaque(smem.lse(stage.index) + (first_query() + acc_col(0, 0)) * kFloat);
     const u32 delta = opaque(smem.delta(stage.index) + (first_query() + acc_col(0, 0)) * kFloat);
+    const Places<true> own = places(walk).opaque_places();
 #pragma unroll
     for (int n = 0; n < kQueries / 8; n++) {
       float2 lse_log2, deltas;
@@ -325,13 +355,30 @@ struct BackwardConsumer {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const float score = s[0][n][e];
-        if (kProbs)
-          s[0][n][e] = exp2_approx(score * scores.factor() - (e % 2 ? lse_log2.y : lse_log2.x));
-        if (kGradients)
-          dp[0][n][e] =
-              s[0][n][e] * (dp[0][n][e] - (e % 2 ? deltas.y : deltas.x)) * scores.derivative(score);
+        const float delta = e % 2 ? deltas.y : deltas.x;
+        float derivative = scores.derivative(score);
+        if (kProbs) {
+          const float score_log2 = kHasTerms ? scores.with_terms(score, own.at(0, n, e), derivative)
+                                             : score * scores.factor();
+          s[0][n][e] = exp2_approx(score_log2 - (e % 2 ? lse_log2.y : lse_log2.x));
+        }
+        if constexpr (kGradients && kDropout) {
+          const bool keep = bit_of<kQueries / 8>(kept, 0, n, e);
+          dp[0][n][e] = s[0][n][e] * (dropout.apply(dp[0][n][e], keep) - delta) * derivative;
+          s[0][n][e] = dropout.apply(s[0][n][e], keep);
+        } else if (kGradients) {
+          dp[0][n][e] = s[0][n][e] * (dp[0][n][e] - delta) * derivative;
+        }
       }
     }
+  }
+
+  DEVICE void look(const GroupTiles& walk, VisibleOf<true>& visible) const {
+    visible.bits = places(walk).template visible<1, kQueries / 8>();
+  }
+  DEVICE void look(const GroupTiles& walk, VisibleOf<false>& visible) const {
+#pragma unroll
+    for (int r = 0; r < 2; r++) visible.columns[r] = columns_of(r, walk.tiles.current);
   }
 
   // Columns of sᵀ whose queries see the key of accumulator row acc_row(0, 2 r), less acc_col(0, 0).
@@ -342,15 +389,21 @@ struct BackwardConsumer {
     return {opaque(queries.begin - first), opaque(queries.end - first)};
   }
 
-  // Whether such columns hold the one of the tile's row `query`.
-  DEVICE bool sees_query(const Interval& columns, int query) const {
+  // Whether the key of accumulator row acc_row(0, 2 r) sees row `query` of the tile.
+  DEVICE bool sees_query(const GroupTiles& walk, const VisibleOf<true>&, int r, int query) const {
+    const int key = work.tile * kBlockKV + first_key() + warpgroup_row() + acc_row(0, 2 * r);
+    return mask.visible(walk.head, walk.tiles.current * kBlockQ + query, key);
+  }
+  DEVICE bool sees_query(const GroupTiles&, const VisibleOf<false>& visible, int r,
+                         int query) const {
     const int column = query - first_query() - acc_col(0, 0);
-    return columns.begin <= column && column < columns.end;
+    return visible.columns[r].begin <= column && column < visible.columns[r].end;
   }
 
-  // Whether row `query` of the array sees row `key` of the tile.
-  DEVICE bool sees_key(int query, int key) const {
-    return mask.visible(query, work.tile * kBlockKV + key);
+  // Whether row `query` of the tile sees row `key` of the tile.
+  DEVICE bool sees_key(const GroupTiles& walk, int query, int key) const {
+    return mask.visible(walk.head, walk.tiles.current * kBlockQ + query,
+                        work.tile * kBlockKV + key);
   }
 
   // dq from (row, col) of the tile on: each thread's sums where post's thread of the same QueryGrid
@@ -381,8 +434,9 @@ DEVICE void run_block(const BackwardParamsSm90& p, const Storage& smem) {
   const Work work = backward_work(
       p.call.problem, kDeterministic ? warp_uniform(ld_shared_u32(smem.ticket())) : blockIdx.x);
   const Mask mask(p.call.problem, work.batch);
-  GroupTiles walk(QueryTiles(mask, work.tile, kBlockQ, Storage::KTile::kRows), work.head,
-                  p.call.problem.group);
+  GroupTiles walk(
+      QueryTiles(mask, work.head * p.call.problem.group, work.tile, kBlockQ, Storage::KTile::kRows),
+      work.head, p.call.problem.group);
   if (warpgroup_id() == 0) {
     setmaxnreg_dec<kProducerRegisters>();
     if (threadIdx.x == 0) load(p, work, mask, walk, smem);

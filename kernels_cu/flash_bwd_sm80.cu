@@ -22,10 +22,10 @@
 //
 // Method: FlashAttention-2 (Dao 2023).
 #include "backward.cuh"
-#include "mask.cuh"
+#include "dropout.cuh"
 #include "non_finite.cuh"
 #include "schedule.cuh"
-#include "softmax.cuh"
+#include "scores.cuh"
 
 #ifndef BLOCK_KV
 #define BLOCK_KV 128
@@ -88,10 +88,12 @@ DEVICE void for_each_row(const F& f) {
     for (int r = 0; r < 2; r++) f(ScoreGrid::row() + acc_row(m, 2 * r), m, r);
 }
 
-// s becomes p, dp becomes ds.
+// s becomes p, after dropout, and dp becomes ds.
 DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& scores,
-                          u32 stage_smem) {
-  scores.transform(s);
+                          const Dropout& dropout, const Places<false>& places, u32 stage_smem) {
+  u64 kept = 0;
+  if (kDropout) kept = dropout.kept<ScoreGrid::kM, ScoreGrid::kN>(places);
+  if (!kHasTerms) scores.transform(s, places);
   for_each_row([&](int row, int m, int r) {
     const float lse_log2 = __uint_as_float(ld_shared_u32(stage_smem + kLseOffset + 4 * row));
     const float delta = __uint_as_float(ld_shared_u32(stage_smem + kDeltaOffset + 4 * row));
@@ -100,23 +102,15 @@ DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& s
 #pragma unroll
       for (int e = 2 * r; e < 2 * r + 2; e++) {
         const float score = s[m][n][e];
-        s[m][n][e] = exp2_approx(score * scores.factor() - lse_log2);
-        dp[m][n][e] = s[m][n][e] * (dp[m][n][e] - delta) * scores.derivative(score);
-      }
-  });
-}
-
-// What the mask forbids has no probability and no gradient.
-DEVICE void hide(ScoreGrid::Acc& p, ScoreGrid::Acc& ds, const Mask& mask, int first_row,
-                 int first_key) {
-  for_each_row([&](int row, int m, int r) {
-    const Interval keys = mask.keys_of_row(first_row + row);
-#pragma unroll
-    for (int n = 0; n < ScoreGrid::kN; n++)
-#pragma unroll
-      for (int e = 2 * r; e < 2 * r + 2; e++) {
-        const int key = first_key + ScoreGrid::col() + acc_col(n, e);
-        if (key < keys.begin || key >= keys.end) p[m][n][e] = 0.f, ds[m][n][e] = 0.f;
+        float derivative = scores.derivative(score);
+        const float score_log2 = kHasTerms
+                                     ? scores.with_terms(score, places.at(m, n, e), derivative)
+                                     : score * scores.factor();
+        const float prob = exp2_approx(score_log2 - lse_log2);
+        const bool keep = bit_of<ScoreGrid::kN>(kept, m, n, e);
+        const float dprob = kDropout ? dropout.apply(dp[m][n][e], keep) : dp[m][n][e];
+        s[m][n][e] = kDropout ? dropout.apply(prob, keep) : prob;
+        dp[m][n][e] = prob * (dprob - delta) * derivative;
       }
   });
 }
@@ -125,9 +119,9 @@ DEVICE void hide(ScoreGrid::Acc& p, ScoreGrid::Acc& ds, const Mask& mask, int fi
 // see.
 template <bool kAsNaN, class Grid, class Tile>
 DEVICE void add_non_finite_queries(typename Grid::Acc& acc, const Tile& tile, const Mask& mask,
-                                   int first_row, int first_key) {
+                                   int head_q, int first_row, int first_key) {
   add_non_finite<kAsNaN>(acc, tile, Grid::col(), [&](int key, int row) {
-    return mask.visible(first_row + row, first_key + Grid::row() + key);
+    return mask.visible(head_q, first_row + row, first_key + Grid::row() + key);
   });
 }
 
@@ -135,12 +129,12 @@ DEVICE void add_non_finite_queries(typename Grid::Acc& acc, const Tile& tile, co
 // was.
 template <class LoadKeys>
 DEVICE void query_gradient(QueryGrid::Acc& dq, const ScoreTile& ds_smem, const KTile& k_smem,
-                           bool non_finite, const Mask& mask, int first_row, int first_key,
-                           const LoadKeys& load_keys) {
+                           bool non_finite, const Mask& mask, int head_q, int first_row,
+                           int first_key, const LoadKeys& load_keys) {
   clear(dq);
   if (non_finite) {
     add_non_finite<true>(dq, k_smem, QueryGrid::col(), [&](int row, int key) {
-      return mask.visible(first_row + QueryGrid::row() + row, first_key + key);
+      return mask.visible(head_q, first_row + QueryGrid::row() + row, first_key + key);
     });
     __syncthreads();
     zero_non_finite<kThreads>(k_smem);
@@ -189,8 +183,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Mask mask(p.problem, work.batch);
   const Scores scores(p.problem);
   const int first_key = work.tile * kBlockKV;
-  const int head = work.head * p.problem.group;
-  QueryTiles tiles(mask, work.tile, kBlockQ, kBlockKV);
+  const Dropout dropout(p.problem);
+  const int head_q = work.head * p.problem.group;
+  QueryTiles tiles(mask, work.head, work.tile, kBlockQ, kBlockKV);
   u32* turns = p.turns + 1;
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
@@ -204,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const auto dout_stage = [&](int stage) { return DoutTile{q_stage(stage).base + kDoutOffset}; };
   const auto load_queries = [&](int stage, int tile) {
     const int first_row = tile * kBlockQ, valid_rows = mask.valid_rows() - first_row;
-    const u16* q = base_of(p.q, work.batch, head);
-    const u16* dout = base_of(p.dout, work.batch, head);
+    const u16* q = base_of(p.q, work.batch, head_q);
+    const u16* dout = base_of(p.dout, work.batch, head_q);
     load_tile<kThreads>(
         q_stage(stage), [&](int row) { return mask.rows.pointer(q, p.q, first_row + row); },
         valid_rows, p.problem.head_dim);
@@ -257,15 +252,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                         TransposedRight<KTile>{k_smem, ScoreGrid::col()});
     gemm<kHeadDimV / 16>(dp, RowsOf<DoutTile>{dout_smem, ScoreGrid::row()},
                          TransposedRight<VTile>{v_smem, ScoreGrid::col()});
-    differentiate(s, dp, scores, q_smem.base);
-    if (partly_visible) hide(s, dp, mask, first_row, first_key);
+    const Places<false> places{mask, head_q, first_row + ScoreGrid::row(),
+                               first_key + ScoreGrid::col()};
+    differentiate(s, dp, scores, dropout, places, q_smem.base);
+    // What the mask forbids has no probability and no gradient.
+    if (partly_visible)
+      for_each_hidden(s, places,
+                      [&](float& p, int m, int n, int e) { p = 0.f, dp[m][n][e] = 0.f; });
     to_smem<ScoreGrid>(p_smem, s, 1.f);
     to_smem<ScoreGrid>(ds_smem, dp, 1.f);
     __syncthreads();  // p and ds are whole, and every warp has finished q kᵀ and dout vᵀ
 
     if (non_finite) {
-      add_non_finite_queries<false, ValueGrid>(dv, dout_smem, mask, first_row, first_key);
-      add_non_finite_queries<true, KeyGrid>(dk, q_smem, mask, first_row, first_key);
+      add_non_finite_queries<false, ValueGrid>(dv, dout_smem, mask, head_q, first_row, first_key);
+      add_non_finite_queries<true, KeyGrid>(dk, q_smem, mask, head_q, first_row, first_key);
       __syncthreads();
       zero_non_finite<kThreads>(dout_smem);
       zero_non_finite<kThreads>(q_smem);
@@ -285,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     // dq += ds k
     await_turn(turns + workspace, tiles.turn());
     QueryGrid::Acc dq;
-    query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, first_row,
+    query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, head_q, first_row,
                    first_key, [&] { load_keys(k_smem, p.k, p.problem.head_dim); });
     if (kDeterministic) __syncthreads();  // it is this tile's turn for every thread
     for_each_dq(dq, p.dq_acc, workspace, [](float value, float* sum) { red_add(sum, value); });
@@ -296,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   cp_async_wait<0>();
   __syncthreads();  // every warp has finished with k, v and dq
   if (!tiles.empty())
-    end_turn(turns + workspace_tile(p.problem, work.batch, work.head, tiles.visited.begin));
+    end_turn(turns + workspace_tile(p.problem, work.batch, work.head, tiles.final()));
   to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
   to_smem<ValueGrid>(v_smem, dv, 1.f);
   __syncthreads();

@@ -58,13 +58,12 @@ struct Consumer : BackwardConsumer<Storage> {
 
   template <bool kPartly>
   DEVICE void step(const GroupTiles& walk) {
-    const int tile = walk.tiles.current;
-    Interval columns[2];
-    if constexpr (kPartly) columns[0] = columns_of(0, tile), columns[1] = columns_of(1, tile);
+    Visible visible;
+    if constexpr (kPartly) look(walk, visible);
     ScoreAcc s, dp;
     start_scores(s);
     start_dp(dp);
-    const bool non_finite = finish_scores<kPartly, 0>(s, dp, columns);
+    const bool non_finite = finish_scores<kPartly, 0>(s, dp, walk, visible);
     ScoreOperand probs, ds;
     pack_operand(probs, s);
     pack_operand(ds, dp);
@@ -76,7 +75,7 @@ struct Consumer : BackwardConsumer<Storage> {
     if constexpr (kPartly) {
       // Nothing of this tile is in flight here.
       if (warp_uniform(named_barrier_or(kScoresBarrier, kThreads, non_finite))) {
-        add_gradients(dq, probs, columns, tile);
+        add_gradients(dq, probs, walk, visible);
         release(smem.dout_empty(stage.index));
         release(smem.q_empty(stage.index));
         add_dq(dq, dq_row(), dq_col(), walk);
@@ -149,18 +148,16 @@ struct Consumer : BackwardConsumer<Storage> {
   }
 
   // dv, dk and dq of visible pairs only, without the tensor cores; pᵀ takes the place of dsᵀ.
-  DEVICE void add_gradients(QueryAcc& dq, const ScoreOperand& probs, const Interval (&columns)[2],
-                            int tile) {
-    const auto sees = [&](int r, int query) { return sees_query(columns[r], query); };
+  DEVICE void add_gradients(QueryAcc& dq, const ScoreOperand& probs, const GroupTiles& walk,
+                            const Visible& visible) {
+    const auto sees = [&](int r, int query) { return sees_query(walk, visible, r, query); };
     const DsTile ds_tile = smem.ds(stage.index);
     const TileLeft<false, DsTile> of_key{ds_tile, first_key() + warpgroup_row()};
     add_visible(dk, of_key, smem.q(stage.index), 0, sees);
     const int first_row = dq_row() + warpgroup_row();
     clear(dq);
     add_visible(dq, TileLeft<true, DsTile>{ds_tile, first_row}, smem.k(), dq_col(),
-                [&](int r, int key) {
-                  return sees_key(tile * kBlockQ + first_row + acc_row(0, 2 * r), key);
-                });
+                [&](int r, int key) { return sees_key(walk, first_row + acc_row(0, 2 * r), key); });
     named_barrier_sync(kScoresBarrier, kThreads);  // every warp has finished with dsᵀ
     store_ds(probs);
     __syncwarp();

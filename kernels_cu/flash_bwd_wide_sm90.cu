@@ -62,9 +62,8 @@ struct Consumer : BackwardConsumer<Storage> {
 
   template <bool kPartly>
   DEVICE void step(const GroupTiles& walk) {
-    const int tile = walk.tiles.current;
-    Interval columns[2];
-    if constexpr (kPartly) columns[0] = columns_of(0, tile), columns[1] = columns_of(1, tile);
+    Visible visible;
+    if constexpr (kPartly) look(walk, visible);
     ScoreAcc s, dp;
     start_scores(s);
     start_dp(dp);
@@ -72,7 +71,7 @@ struct Consumer : BackwardConsumer<Storage> {
       start_dv(stage.previous());
     else
       wgmma_commit();  // an empty group, so that the waits count alike
-    const bool non_finite = finish_scores<kPartly, 1>(s, dp, columns);
+    const bool non_finite = finish_scores<kPartly, 1>(s, dp, walk, visible);
     store_part(smem.probs(stage.index), s);
     store_part(smem.ds(stage.index), dp);
     fence_proxy_async();
@@ -82,7 +81,7 @@ struct Consumer : BackwardConsumer<Storage> {
     QueryAcc dq;
     if constexpr (kPartly) {
       if (warp_uniform(named_barrier_or(kScoresBarrier, kThreads, non_finite))) {
-        add_gradients(dq, columns, tile);
+        add_gradients(dq, walk, visible);
         release(smem.dout_empty(stage.index));
         release(smem.q_empty(stage.index));
         add_dq(dq, 0, first_col(), walk);
@@ -166,17 +165,16 @@ struct Consumer : BackwardConsumer<Storage> {
   }
 
   // dv, dk and dq of visible pairs only, without the tensor cores.
-  DEVICE void add_gradients(QueryAcc& dq, const Interval (&columns)[2], int tile) {
-    const auto sees = [&](int r, int query) { return sees_query(columns[r], query); };
+  DEVICE void add_gradients(QueryAcc& dq, const GroupTiles& walk, const Visible& visible) {
+    const auto sees = [&](int r, int query) { return sees_query(walk, visible, r, query); };
     const ScoreTile probs = smem.probs(stage.index), ds = smem.ds(stage.index);
     const int row = warpgroup_row();
     add_visible(dv, TileLeft<false, ScoreTile>{probs, row}, smem.dout(stage.index), first_col_v(),
                 sees);
     add_visible(dk, TileLeft<false, ScoreTile>{ds, row}, smem.q(stage.index), first_col(), sees);
     clear(dq);
-    add_visible(dq, TileLeft<true, ScoreTile>{ds, row}, smem.k(), first_col(), [&](int r, int key) {
-      return sees_key(tile * kBlockQ + row + acc_row(0, 2 * r), key);
-    });
+    add_visible(dq, TileLeft<true, ScoreTile>{ds, row}, smem.k(), first_col(),
+                [&](int r, int key) { return sees_key(walk, row + acc_row(0, 2 * r), key); });
   }
 };
 

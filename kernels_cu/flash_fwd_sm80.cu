@@ -1,6 +1,6 @@
 // Attention forward on mma.sync, for every GPU from Ampere on.
 //
-//   s = scale q kᵀ,  p = softmax(softcap and mask of s),  out = p v,  lse = log sum exp s
+//   s = scale q kᵀ,  p = softmax(terms and mask of s),  out = dropout(p) v,  lse = log sum exp s
 //
 // One block per (query tile, key head, batch entry); rows of a tile are (position, head of the
 // group), so K and V are read once per group (rows.cuh). Key tiles run from the last to the first
@@ -17,8 +17,8 @@
 // Registers: o_acc kM Dv / 2, s_acc kM kBlockKV / 2, p and fragments about a quarter of that.
 //
 // Method: FlashAttention-2 (Dao 2023), online softmax (Milakov and Gimelshein 2018).
+#include "dropout.cuh"
 #include "gemm.cuh"
-#include "mask.cuh"
 #include "non_finite.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
@@ -105,20 +105,6 @@ DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask,
       p.problem.head_dim_v);
 }
 
-// Scores that the mask forbids become -inf.
-DEVICE void hide(float (&s_acc)[kM][kBlockKV / 8][4], const Mask& mask, int first_row,
-                 int first_key) {
-  Interval keys[kM][2];
-#pragma unroll
-  for (int m = 0; m < kM; m++)
-#pragma unroll
-    for (int r = 0; r < 2; r++) keys[m][r] = mask.keys_of_row(first_row + acc_row(m, 2 * r));
-  for_each(s_acc, [&](float& s, int m, int n, int e) {
-    const int key = first_key + acc_col(n, e);
-    if (key < keys[m][e / 2].begin || key >= keys[m][e / 2].end) s = -infinity();
-  });
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads)
     flash_fwd(const __grid_constant__ ForwardParams p) {
   extern __shared__ __align__(128) u8 smem[];
@@ -131,9 +117,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Work work = forward_work(p.problem, rows, kBlockQ, p.heads_per_section, blockIdx.x);
   const Mask mask(p.problem, work.batch);
   const int first_row = work.tile * kBlockQ, warp_row = warp_id() * kWarpRows;
-  KeyTiles tiles(mask, first_row, kBlockQ, kBlockKV);
+  KeyTiles tiles(mask, work.head, first_row, kBlockQ, kBlockKV);
 
-  const u16* q = base_of(p.q, work.batch, rows.head_q(work.head));
+  const int head_q = rows.head_q(work.head);
+  const u16* q = base_of(p.q, work.batch, head_q);
   const u16* k = base_of(p.k, work.batch, rows.head_k(p.problem, work.head));
   const u16* v = base_of(p.v, work.batch, rows.head_k(p.problem, work.head));
   const auto load_keys = [&](const auto& tile, const u16* x, const Tensor& shape, int cols) {
@@ -145,6 +132,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   };
 
   const Scores scores(p.problem);
+  const Dropout dropout(p.problem);
   OnlineSoftmax<kM> softmax(scores.factor());
   float o_acc[kM][kHeadDimV / 8][4];
   clear(o_acc);
@@ -159,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   while (tiles.valid()) {
     const int first_key = tiles.current * kBlockKV;
     const bool partly_visible = tiles.partly_visible();
+    const Places<false> places{mask, head_q, first_row + warp_row, first_key};
 
     cp_async_wait<0>();
     __syncthreads();  // K is here, and every warp has finished with V
@@ -175,16 +164,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     tiles.advance();
     if (tiles.valid()) load_keys(k_smem, k, p.k, p.problem.head_dim);
 
-    scores.transform(s_acc);
-    if (partly_visible) hide(s_acc, mask, first_row + warp_row, first_key);
+    scores.transform(s_acc, places);
+    if (partly_visible) hide(s_acc, places);
     softmax.step(s_acc);
     softmax.rescale(o_acc);
+    if (kDropout) dropout.apply(s_acc, places);
 
     // o += p v
     const Packed<kM, kBlockKV / 8> probabilities(s_acc);
     if (non_finite) {
       add_non_finite<false>(o_acc, v_smem, 0, [&](int row, int key) {
-        return mask.visible(first_row + warp_row + row, first_key + key);
+        return mask.visible(head_q, first_row + warp_row + row, first_key + key);
       });
       __syncthreads();
       zero_non_finite<kThreads>(v_smem);
@@ -193,6 +183,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     gemm<kBlockKV / 16>(o_acc, probabilities, Right<VTile>{v_smem, 0});
   }
 
-  softmax.finish(o_acc);
+  softmax.finish(o_acc, [&](int m, int r) {
+    const int row = first_row + warp_row + acc_row(m, 2 * r);
+    return sink_of(p.problem, head_q + rows.head_in_group(row));
+  });
   store(p, work, mask, OutTile{base}, o_acc, softmax);
 }

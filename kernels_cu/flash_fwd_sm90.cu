@@ -1,6 +1,6 @@
 // Attention forward for Hopper: TMA, wgmma, one producer and two or three consumer warpgroups.
 //
-//   s = scale q kᵀ,  p = softmax(softcap and mask of s),  out = p v,  lse = log sum exp s
+//   s = scale q kᵀ,  p = softmax(terms and mask of s),  out = dropout(p) v,  lse = log sum exp s
 //
 // Persistent blocks walk over work items, (query tile, query head, batch entry): longest first, in
 // rounds of alternate direction, so that a block that got the longest of one round gets the
@@ -25,6 +25,7 @@
 // warpgroups: 160).
 //
 // Method: FlashAttention-3 (Shah et al. 2024).
+#include "dropout.cuh"
 #include "hidden.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
@@ -200,16 +201,39 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
       v_ring.advance();
     };
 
-    KeyTiles tiles(mask, first_row, kBlockQ, kBlockKV);
+    KeyTiles tiles(mask, work.head, first_row, kBlockQ, kBlockKV);
     if (tiles.valid()) load_k(tiles.current);
     load_q();
 #pragma unroll 1
     for (; tiles.valid(); tiles.advance()) {
-      if (tiles.has_next()) load_k(tiles.current - 1);
+      if (tiles.has_next()) load_k(tiles.next());
       load_v(tiles.current);
     }
   }
 }
+
+struct KeyTile {
+  int index;
+  bool partly;  // visible to the warpgroup's rows
+};
+
+// Of the key tiles that the block visits, what one warpgroup's rows see. Lists do not tell.
+struct OwnKeyTiles {
+  Interval visited, full;
+
+  DEVICE OwnKeyTiles(const Mask& mask, int first_row)
+      : visited(mask.key_tiles(first_row, kWarpgroupRows, kBlockKV)),
+        full(mask.full_key_tiles(first_row, kWarpgroupRows, kBlockKV)) {}
+
+  DEVICE bool sees(int tile) const {
+    return kHasTree || visited.begin <= tile && tile < visited.end;
+  }
+  DEVICE KeyTile current(const KeyTiles& tiles) const {
+    const int tile = tiles.current;
+    if (kHasTree) return {tile, tiles.partly_visible()};
+    return {tile, tile < full.begin || tile >= full.end};
+  }
+};
 
 // One warpgroup: 64 rows of every query tile of the block.
 struct Consumer {
@@ -217,18 +241,24 @@ struct Consumer {
   const Smem smem;
   const int index;
   const Scores scores;
+  const Dropout dropout;
   Ring k_ring, v_ring;
 
   // Of the present work item.
+  int head;
   int first_row;  // of this warpgroup
-  Interval full;  // key tiles that all of its rows see whole
   OnlineSoftmax<1> softmax;
   float s_acc[1][kBlockKV / 8][4];
   u32 probabilities[1][kBlockKV / 16][4];
   float o_acc[1][kHeadDimV / 8][4];
 
   DEVICE Consumer(const ForwardParamsSm90& p, const Smem& smem, int index)
-      : p(p), smem(smem), index(index), scores(p.call.problem), softmax(scores.factor()) {}
+      : p(p),
+        smem(smem),
+        index(index),
+        scores(p.call.problem),
+        dropout(p.call.problem),
+        softmax(scores.factor()) {}
 
   DEVICE void run() {
     if (kPingPong && index == 0) named_barrier_arrive(turn_barrier(0), 2 * kWarpgroupThreads);
@@ -236,9 +266,10 @@ struct Consumer {
     for (WorkList list(p); list.valid(); list.round++) {
       const Work work = list.work();
       const Mask mask(p.call.problem, work.batch);
+      head = work.head;
       first_row = work.tile * kBlockQ + index * kWarpgroupRows;
       mbarrier_wait(smem.q_full(index), list.round % 2);
-      attend(mask, KeyTiles(mask, work.tile * kBlockQ, kBlockQ, kBlockKV).visited);
+      attend(mask, KeyTiles(mask, head, work.tile * kBlockQ, kBlockQ, kBlockKV));
       store(work, mask);
     }
     // The turn that nobody takes any more.
@@ -247,51 +278,53 @@ struct Consumer {
   }
 
  private:
-  // `all`: the key tiles that any warpgroup of the block sees.
-  DEVICE void attend(const Mask& mask, const Interval& all) {
-    const KeyTiles own(mask, first_row, kWarpgroupRows, kBlockKV);
-    const int begin = own.visited.begin;
-    full = own.full;
+  // `tiles`: that any warpgroup of the block sees.
+  DEVICE void attend(const Mask& mask, KeyTiles tiles) {
+    const OwnKeyTiles own(mask, first_row);
     softmax = OnlineSoftmax<1>(scores.factor());
     clear(o_acc);
 
-    int tile = all.end - 1;
 #pragma unroll 1
-    for (; tile >= all.begin && tile >= own.visited.end; tile--) skip();
-    if (tile >= begin && own.valid()) {
-      begin_with(mask, tile--);
+    for (; tiles.valid() && !own.sees(tiles.current); tiles.advance()) skip();
+    if (tiles.valid()) {
+      KeyTile last = own.current(tiles);
+      begin_with(mask, last);
+      tiles.advance();
 #pragma unroll 1
-      for (; tile >= begin; tile--)
-        if (full.begin <= tile && tile + 1 < full.end)
-          step<false>(mask, tile);
+      for (; tiles.valid() && own.sees(tiles.current); tiles.advance()) {
+        const KeyTile next = own.current(tiles);
+        if (last.partly || next.partly)
+          step<true>(mask, last, next);
         else
-          step<true>(mask, tile);
-      end_with(mask, tile + 1);
+          step<false>(mask, last, next);
+        last = next;
+      }
+      end_with(mask, last);
     } else {
       release_q();
     }
 #pragma unroll 1
-    for (; tile >= all.begin; tile--) skip();
-    softmax.finish(o_acc);
+    for (; tiles.valid(); tiles.advance()) skip();
+    softmax.finish(o_acc, [&](int, int) { return sink_of(p.call.problem, head); });
   }
 
   // s of the first tile: no product p v to run beside yet.
-  DEVICE void begin_with(const Mask& mask, int tile) {
+  DEVICE void begin_with(const Mask& mask, const KeyTile& tile) {
     mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
     take_turn();
     issue_scores();
     pass_turn();
     wgmma_wait<0>(s_acc);
     release_k();
-    see(mask, tile, partly_visible(tile));
+    see(mask, tile);
     pack_operand(probabilities, s_acc);
   }
 
-  // s of `tile` beside p v of the tile before it, tile + 1.
+  // s of the next tile beside p v of the last.
   template <bool kMasked>
-  DEVICE void step(const Mask& mask, int tile) {
-    if (kMasked && partly_visible(tile + 1) && add_visible_values(mask, tile + 1)) {
-      begin_with(mask, tile);
+  DEVICE void step(const Mask& mask, const KeyTile& last, const KeyTile& next) {
+    if (kMasked && last.partly && add_visible_values(mask, last)) {
+      begin_with(mask, next);
       if (kRescaleLate) softmax.rescale(o_acc);
       return;
     }
@@ -304,7 +337,7 @@ struct Consumer {
     pass_turn();
     wgmma_wait<1>(s_acc);
     release_k();
-    see(mask, tile, kMasked && partly_visible(tile));
+    see(mask, {next.index, kMasked && next.partly});
     wgmma_wait<0>(o_acc, probabilities);
     release_v();
     pack_operand(probabilities, s_acc);
@@ -312,9 +345,9 @@ struct Consumer {
   }
 
   // p v of the last tile.
-  DEVICE void end_with(const Mask& mask, int tile) {
+  DEVICE void end_with(const Mask& mask, const KeyTile& last) {
     release_q();
-    if (partly_visible(tile) && add_visible_values(mask, tile)) return;
+    if (last.partly && add_visible_values(mask, last)) return;
     if (!kRescaleLate) softmax.rescale(o_acc);
     mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
     issue_values();
@@ -352,37 +385,26 @@ struct Consumer {
   }
 
   // Where inf or NaN may hide behind the mask: o += p v of the visible alone, and true.
-  DEVICE bool add_visible_values(const Mask& mask, int tile) {
+  DEVICE bool add_visible_values(const Mask& mask, const KeyTile& tile) {
     const VTile v_smem = smem.v(v_ring);
     mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
     if (!holds_non_finite(v_smem, own_barrier(index))) return false;
     if (!kRescaleLate) softmax.rescale(o_acc);
     const int row = first_row + warpgroup_row() + acc_row(0, 0);
-    add_visible(o_acc, RegisterLeft<kBlockKV / 16>{probabilities}, v_smem, 0,
-                [&](int r, int key) { return mask.visible(row + 8 * r, tile * kBlockKV + key); });
+    add_visible(o_acc, RegisterLeft<kBlockKV / 16>{probabilities}, v_smem, 0, [&](int r, int key) {
+      return mask.visible(head, row + 8 * r, tile.index * kBlockKV + key);
+    });
     release_v();
     return true;
   }
 
-  DEVICE bool partly_visible(int tile) const { return tile < full.begin || tile >= full.end; }
-
   // Scores to unnormalised probabilities.
-  DEVICE void see(const Mask& mask, int tile, bool partly) {
-    scores.transform(s_acc);
-    if (partly) hide(mask, tile * kBlockKV);
+  DEVICE void see(const Mask& mask, const KeyTile& tile) {
+    const Places<false> places{mask, head, first_row + warpgroup_row(), tile.index * kBlockKV};
+    scores.transform(s_acc, places);
+    if (tile.partly) hide(s_acc, places);
     softmax.step(s_acc);
-  }
-
-  // Scores that the mask forbids become -inf.
-  DEVICE void hide(const Mask& mask, int first_key) {
-    Interval keys[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++)
-      keys[r] = mask.keys_of_row(first_row + warpgroup_row() + acc_row(0, 2 * r));
-    for_each(s_acc, [&](float& s, int, int n, int e) {
-      const int key = first_key + acc_col(n, e);
-      if (key < keys[e / 2].begin || key >= keys[e / 2].end) s = -infinity();
-    });
+    if (kDropout) dropout.apply(s_acc, places);
   }
 
   // Once per tile and warpgroup, in a circle; warpgroup 0 begins.

@@ -1,8 +1,8 @@
 // Which keys a query sees. causal, window, offset and lengths all come down to one interval of keys
 // per query, whose two ends never decrease from one query to the next; so tiles have ranges in both
-// directions.
+// directions. A mask's tree (generated.cuh) hides more of it, pair by pair.
 #pragma once
-#include "params.cuh"
+#include "generated.cuh"
 #include "rows.cuh"
 
 struct Interval {
@@ -13,15 +13,18 @@ struct Interval {
 constexpr i64 kFarthestOffset = 1ll << 60;
 
 struct Mask {
+  const Problem& problem;
   Rows rows;
+  int batch;
+  i64 offset;
   int q_len, kv_len;
   int first;  // query i sees keys i + first ...
   int last;   // ... to i + last, inclusive
 
-  DEVICE Mask(const Problem& p, int batch) : rows(p) {
+  DEVICE Mask(const Problem& p, int batch) : problem(p), rows(p), batch(batch) {
     q_len = p.q_lens ? clamp(p.q_lens[batch], 0, p.seqlen_q) : p.seqlen_q;
     kv_len = p.kv_lens ? clamp(p.kv_lens[batch], 0, p.seqlen_k) : p.seqlen_k;
-    i64 offset = p.offset_is_given ? p.offset : (i64)kv_len - q_len;
+    offset = p.offset_is_given ? p.offset : (i64)kv_len - q_len;
     if (p.offsets) offset = larger(smaller(p.offsets[batch], kFarthestOffset), -kFarthestOffset);
     // Beyond these ends nothing changes, and 0 <= i < Sq keeps i + first and i + last + 1 in 32
     // bits.
@@ -41,9 +44,14 @@ struct Mask {
     return {clamp((i64)key - last, 0, q_len), clamp((i64)key - first + 1, 0, q_len)};
   }
 
-  DEVICE bool visible(int row, int key) const {
+  // `head`: of q, the first of those packed into the rows.
+  DEVICE Place place(int head, int row, int key) const {
+    return {batch, head + rows.head_in_group(row), rows.position(row), key, offset};
+  }
+  DEVICE bool visible(int head, int row, int key) const {
     const Interval keys = keys_of_row(row);
-    return keys.begin <= key && key < keys.end;
+    if (key < keys.begin || key >= keys.end) return false;
+    return !kHasTree || tree_sees(problem, place(head, row, key));
   }
 
   // Rows that hold queries: the others read as zeros.

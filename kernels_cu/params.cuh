@@ -5,12 +5,39 @@
 #include "common.cuh"
 #include "ptx/tma.cuh"
 
+#ifndef ATTACHMENTS
+#define ATTACHMENTS 0
+#endif
+
 // A (B, S, H, D) array of 16-bit elements with a contiguous last axis; strides in elements.
 struct Tensor {
   void* data;
   i64 batch_stride;
   i64 seq_stride;
   i64 head_stride;
+};
+
+// Broadcasts to (B, Hq, Sq, Sk): strides in elements, 0 along the axes of one element.
+struct ScoreTensor {
+  const void* data;
+  i64 batch_stride;
+  i64 head_stride;
+  i64 query_stride;
+  i64 key_stride;
+};
+
+// The tiles that each tile of the other side visits (mask_lists.cu), by batch entry and head of
+// Rows: a count and as many entries. Strides are 0 where these share their lists.
+struct TileLists {
+  const int2* entries;
+  i64 batch_stride;
+  i64 head_stride;
+  i64 pitch;  // of one tile's list
+};
+
+// What one leaf of a mask's tree, or one array of a user's, reads: a structure of leaves.cuh.
+struct Attachment {
+  u64 words[8];
 };
 
 struct Problem {
@@ -30,10 +57,21 @@ struct Problem {
   int group_shift;
   int head_dim;
   int head_dim_v;
-  float scale;         // multiplies q kᵀ
-  float scale_log2;    // scale log2(e)
-  float softcap_in;    // scale / softcap
-  float softcap_log2;  // softcap log2(e)
+  float scale;                // multiplies q kᵀ
+  float scale_log2;           // scale log2(e)
+  float softcap_in;           // scale / softcap
+  float softcap_log2;         // softcap log2(e)
+  const float* alibi_slopes;  // (Hq,) or (B, Hq)
+  i64 alibi_batch_stride;
+  const float* sinks;  // (Hq,)
+  ScoreTensor bias;
+  u64 seed;             // of dropout
+  u32 drop_below;       // random bits below this drop a probability
+  float dropout_scale;  // of those kept
+  TileLists lists;
+#if ATTACHMENTS
+  Attachment attachments[ATTACHMENTS];
+#endif
 };
 
 struct ForwardParams {

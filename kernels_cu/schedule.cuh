@@ -2,30 +2,64 @@
 #pragma once
 #include "mask.cuh"
 
+// The entries of one tile's list, from the last to the first: the tiles of the other side that see
+// any of it.
+struct ListedTiles {
+  const int2* entries;  // 2 tile + (partly visible), turn
+  int last, index, current;
+
+  DEVICE ListedTiles(const TileLists& lists, int batch, int head, int tile)
+      : entries(lists.entries + batch * lists.batch_stride + head * lists.head_stride +
+                tile * lists.pitch + 1),
+        last(entries[-1].x - 1),
+        index(last),
+        current(at(last)) {}
+
+  DEVICE bool valid() const { return index >= 0; }
+  DEVICE bool has_next() const { return index > 0; }
+  DEVICE bool has_previous() const { return index < last; }
+  DEVICE bool empty() const { return last < 0; }
+  DEVICE int next() const { return at(index - 1); }
+  DEVICE int final() const { return at(0); }
+  DEVICE void advance() { current = at(--index); }
+  DEVICE bool partly_visible() const { return entries[index].x & 1; }
+  // How many key tiles add to this query tile before this one.
+  DEVICE int turn() const { return entries[index].y; }
+
+ private:
+  DEVICE int at(int index) const { return index < 0 ? 0 : entries[index].x >> 1; }
+};
+
 // The key tiles of one query tile, from the last to the first, each partly or fully visible.
-struct KeyTiles {
+struct BandKeyTiles {
   Interval visited, full;
   int current;
 
-  DEVICE KeyTiles(const Mask& mask, int row, int block_q, int block_kv)
+  DEVICE BandKeyTiles(const Mask& mask, int, int row, int block_q, int block_kv)
       : visited(mask.key_tiles(row, block_q, block_kv)),
         full(mask.full_key_tiles(row, block_q, block_kv)),
         current(visited.end - 1) {}
 
   DEVICE bool valid() const { return current >= visited.begin; }
   DEVICE bool has_next() const { return current > visited.begin; }
+  DEVICE int next() const { return current - 1; }
   DEVICE void advance() { current--; }
   DEVICE bool partly_visible() const { return current < full.begin || current >= full.end; }
+};
+struct ListedKeyTiles : ListedTiles {
+  // `head`: of Rows.
+  DEVICE ListedKeyTiles(const Mask& mask, int head, int row, int block_q, int)
+      : ListedTiles(mask.problem.lists, mask.batch, head, row / block_q) {}
 };
 
 // The query tiles of one key tile, from the last to the first: the lower key tiles, whose turn
 // comes before, have then long left the diagonal, where this one ends.
-struct QueryTiles {
+struct BandQueryTiles {
   const Mask& mask;
   Interval visited;
   int current, block_q, block_kv, key_tile;
 
-  DEVICE QueryTiles(const Mask& mask, int key_tile, int block_q, int block_kv)
+  DEVICE BandQueryTiles(const Mask& mask, int, int key_tile, int block_q, int block_kv)
       : mask(mask),
         visited(mask.query_tiles(key_tile * block_kv, block_q, block_kv)),
         current(visited.end - 1),
@@ -38,7 +72,9 @@ struct QueryTiles {
   DEVICE bool has_previous() const { return current + 1 < visited.end; }
   DEVICE bool empty() const { return visited.begin >= visited.end; }
   DEVICE int next() const { return current - 1; }
+  DEVICE int final() const { return visited.begin; }
   DEVICE void advance() { current--; }
+  DEVICE void restart(int) { current = visited.end - 1; }
   // Rows past the length count as not visible: zeros times an infinite key would not be zero.
   DEVICE bool partly_visible() const {
     const Interval full = mask.full_key_tiles(current * block_q, block_q, block_kv);
@@ -50,22 +86,61 @@ struct QueryTiles {
     return key_tile - mask.key_tiles(current * block_q, block_q, block_kv).begin;
   }
 };
+struct ListedQueryTiles : ListedTiles {
+  const Mask& mask;
+  int key_tile;
 
-// Those query tiles in every head of q that shares a key head, one head after the other.
+  // `head`: of Rows.
+  DEVICE ListedQueryTiles(const Mask& mask, int head, int key_tile, int, int)
+      : ListedTiles(mask.problem.lists, mask.batch, head, key_tile),
+        mask(mask),
+        key_tile(key_tile) {}
+  // With the same key tile's list of another head.
+  DEVICE void restart(int head) {
+    (ListedTiles&)* this = ListedTiles(mask.problem.lists, mask.batch, head, key_tile);
+  }
+};
+
+template <bool kListed>
+struct TilesOf {
+  typedef ListedKeyTiles OfQueries;
+  typedef ListedQueryTiles OfKeys;
+};
+template <>
+struct TilesOf<false> {
+  typedef BandKeyTiles OfQueries;
+  typedef BandQueryTiles OfKeys;
+};
+// A mask's tree leaves lists of tiles; without one, two intervals say it all.
+typedef TilesOf<kHasTree>::OfQueries KeyTiles;
+typedef TilesOf<kHasTree>::OfKeys QueryTiles;
+
+// The query tiles of a key tile in every head of q that shares its key head, one head after the
+// other.
 struct GroupTiles {
   QueryTiles tiles;
   int head, end;  // of q
 
+  // `tiles`: of the group's first head.
   DEVICE GroupTiles(const QueryTiles& tiles, int head_k, int group)
-      : tiles(tiles), head(head_k * group), end(tiles.empty() ? head : head + group) {}
+      : tiles(tiles), head(head_k * group), end(head + group) {
+    if (tiles.empty()) next_head();
+  }
 
   DEVICE bool valid() const { return head < end; }
-  DEVICE bool has_next() const { return tiles.has_next() || head + 1 < end; }
   DEVICE void advance() {
     if (tiles.has_next())
       tiles.advance();
     else
-      head++, tiles.current = tiles.visited.end - 1;
+      next_head();
+  }
+
+ private:
+  // The next that has tiles.
+  DEVICE void next_head() {
+    do {
+      if (++head < end) tiles.restart(head);
+    } while (head < end && tiles.empty());
   }
 };
 

@@ -1,51 +1,12 @@
-// Scores in base 2 and the online softmax over key tiles (Milakov and Gimelshein 2018;
-// FlashAttention, Dao et al. 2022). Accumulator rows as in gemm.cuh.
+// The online softmax over key tiles, in base 2 (Milakov and Gimelshein 2018; FlashAttention, Dao et
+// al. 2022). Accumulator rows as in gemm.cuh.
 #pragma once
-#include "accumulator.cuh"
-#include "params.cuh"
+#include "scores.cuh"
 
-#ifndef SOFTCAP
-#define SOFTCAP 0
+#ifndef SINKS
+#define SINKS 0
 #endif
-#ifndef SCALE_FIRST
-#define SCALE_FIRST 0
-#endif
-constexpr bool kSoftcap = SOFTCAP;
-// A scale of zero or less reverses or removes the order of the scores: apply it before the row
-// maximum.
-constexpr bool kScaleFirst = SCALE_FIRST;
-
-// q kᵀ to scores, up to `factor`, a positive number: score log2(e) = factor x what transform()
-// leaves.
-struct Scores {
-  float scale_log2, softcap_in, softcap_log2;
-
-  DEVICE explicit Scores(const Problem& p)
-      : scale_log2(p.scale_log2), softcap_in(p.softcap_in), softcap_log2(p.softcap_log2) {}
-
-  DEVICE float factor() const { return kSoftcap ? softcap_log2 : kScaleFirst ? 1.f : scale_log2; }
-
-  template <int kM, int kN>
-  DEVICE void transform(float (&s_acc)[kM][kN][4]) const {
-    if constexpr (kSoftcap)
-      for_each(s_acc, [&](float& s, int, int, int) { s = tanh(s * softcap_in); });
-    else if constexpr (kScaleFirst)
-      for_each(s_acc, [&](float& s, int, int, int) { s *= scale_log2; });
-  }
-
-  // Accurate relative to its value: 1 - 2 / (1 + e^2x) cancels near 0, where a series takes over.
-  static DEVICE float tanh(float x) {
-    const float square = x * x;
-    const float series =
-        x + x * square *
-                (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835)));
-    const float quotient = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(2.f * kLog2e * x));
-    return square < 1.f / 16 ? series : quotient;
-  }
-
-  // d score / d (scale q kᵀ), from a transformed score.
-  DEVICE float derivative(float s) const { return kSoftcap ? 1.f - s * s : 1.f; }
-};
+constexpr bool kSinks = SINKS;
 
 template <int kM>
 struct OnlineSoftmax {
@@ -94,17 +55,24 @@ struct OnlineSoftmax {
     for_each(o_acc, [&](float& o, int m, int, int e) { o *= factors[m][e / 2]; });
   }
 
-  // o_acc becomes the output; row_max becomes lse. A row without keys gives 0 and -inf.
-  template <int kNV>
-  DEVICE void finish(float (&o_acc)[kM][kNV][4]) {
+  // o_acc becomes the output; row_max becomes lse. A row without keys gives 0, and -inf or its
+  // sink; sink(m, r) is that of a row, in base 2.
+  template <int kNV, class Sink>
+  DEVICE void finish(float (&o_acc)[kM][kNV][4], const Sink& sink) {
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const float sum = quad_sum(row_sum[m][r]);
-        const float normalize = sum == 0.f ? 0.f : 1.f / sum;
-        row_max[m][r] =
-            sum == 0.f ? -infinity() : (row_max[m][r] * factor + log2_approx(sum)) * kLn2;
+        float sum = quad_sum(row_sum[m][r]), top = row_max[m][r] * factor, kept = 1.f;
+        if (kSinks) {
+          const float extra = sink(m, r), both = fmaxf(top, extra);
+          const float shift = both == -infinity() ? 0.f : both;
+          kept = exp2_approx(top - shift);
+          sum = sum * kept + exp2_approx(extra - shift);
+          top = both;
+        }
+        const float normalize = sum == 0.f ? 0.f : kept / sum;
+        row_max[m][r] = sum == 0.f ? -infinity() : (top + log2_approx(sum)) * kLn2;
 #pragma unroll
         for (int n = 0; n < kNV; n++) {
           o_acc[m][n][2 * r] *= normalize;
@@ -113,3 +81,8 @@ struct OnlineSoftmax {
       }
   }
 };
+
+// Of query head `head`, in base 2.
+DEVICE float sink_of(const Problem& p, int head) {
+  return kSinks ? in_base_2(p.sinks[head]) : -infinity();
+}

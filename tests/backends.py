@@ -10,7 +10,9 @@ import numpy as np
 
 import cuflash
 from cuflash import _params, _plan
+from cuflash._mask_tree import Mask
 from cuflash._problem import GradientProblem, Gradients, Problem
+from cuflash.score_mod import ScoreMod
 
 
 class CpuBackend:
@@ -141,6 +143,8 @@ def _arrays_of(problem: Problem | GradientProblem) -> list[np.ndarray]:
         value = getattr(problem, name)
         if isinstance(value, Problem):
             arrays += _arrays_of(value)
+        elif isinstance(value, (Mask, ScoreMod)):
+            arrays += value.arrays().values()
         elif isinstance(value, np.ndarray):
             arrays.append(value)
     return arrays

@@ -64,7 +64,9 @@ def test_products_stay_asynchronous(
     cubin = _jit.cached_cubin(plan.main)
     assert not SERIALISED.search(cubin.log), cubin.log
     assert cubin.resources.registers == ENTRY_REGISTERS
-    assert cubin.resources.spill_bytes <= (SPILL_BYTES if softcap and plan.block_q == 128 else 0)
+    assert cubin.resources.spill_bytes <= (
+        SPILL_BYTES if softcap and plan.tiling.block_q == 128 else 0
+    )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -386,14 +386,6 @@ def test_an_offset_on_the_device_is_not_waited_for() -> None:
         make.problem(offset=make((), np.int32))
 
 
-@pytest.mark.parametrize("name", ["mask", "bias"])
-def test_mask_and_bias_are_not_on_the_gpu_yet(name: str) -> None:
-    make = Maker("cuda")
-    message = f"{name} is not supported by the GPU kernels yet; the cpu backend (NumPy) has it"
-    with refused(NotImplementedError, message):
-        make.problem(**{name: make((1, 1, SQ, SK), bool)})
-
-
 def test_mask_dtype() -> None:
     with refused(TypeError, "mask is float32; expected bool (True: attend)"):
         Maker("cpu").problem(mask=np.zeros((SQ, SK), np.float32))

@@ -1,0 +1,132 @@
+"""Which tiles of a mask are visible, found on the GPU that its arrays are on, unawaited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cuflash import _params, _plan, _program
+from cuflash._mask_tree import Compiled, Dense, Mask
+from cuflash._params import Masking, TileLists
+from cuflash._problem import Array, Problem
+
+if TYPE_CHECKING:
+    from cuflash._launch import Gpu
+
+WORD_KEYS = 32
+
+
+def masking(
+    problem: Problem, traits: _plan.Traits, tiling: _plan.Tiling, on: Gpu, of_keys: bool
+) -> Masking:
+    """What a kernel of this tiling is handed over of the problem's mask and score function.
+
+    `of_keys`: lists of the query tiles that each key tile visits, as a backward pass walks.
+    """
+    found = attachments(problem, on)
+    if problem.mask is None:
+        return found
+
+    def find() -> tuple[TileLists, Array]:
+        return _tile_lists(problem, found, traits, tiling, on, of_keys)
+
+    lists, entries = _kept(problem, (traits.extras, tiling, of_keys), find)
+    return found._replace(lists=lists, owners=(*found.owners, entries))
+
+
+def attachments(problem: Problem, on: Gpu) -> Masking:
+    """What the call's own source reads, without lists."""
+    packed, owners = b"", ()
+    if problem.mask is not None:
+        bits = _kept(problem, "bits", lambda: _pack_bits(problem.mask, on))
+        packed = _program.mask_attachments(problem.mask, problem.group, bits)
+        owners = tuple(one.words for one in bits.values())
+    if problem.score_mod is not None:
+        packed += _program.score_mod_attachments(problem.score_mod)
+    return Masking(attachments=packed, owners=owners)
+
+
+def sights(
+    problem: Problem,
+    found: Masking,
+    traits: _plan.Traits,
+    tiling: _plan.Tiling,
+    on: Gpu,
+    whole_rows: bool,
+) -> Array:
+    """(B or 1, heads of Rows or 1, query tiles, key tiles): 0 none, 1 some, 2 all visible."""
+    packed = problem.group if tiling.pack_group else 1  # heads in the rows
+    masks_of_rows, heads = 1, 1
+    if _program.depends_on_head(problem.mask):
+        masks_of_rows, heads = packed, problem.heads_q // packed
+    batches = problem.batch if _program.depends_on_batch(problem) else 1
+    query_tiles = -(-problem.seqlen_q * packed // tiling.block_q)
+    key_tiles = -(-problem.seqlen_k // tiling.block_kv)
+    found_sights = on.empty((batches, heads, query_tiles, key_tiles), np.uint8)
+    kernel = _plan.mask_tiles_kernel(traits, tiling, on.device.capability, whole_rows)
+    params = _params.pack_mask_tiles(problem, found, found_sights, masks_of_rows)
+    _run(on, kernel, found_sights.size, params)
+    return found_sights
+
+
+def _tile_lists(
+    problem: Problem,
+    found: Masking,
+    traits: _plan.Traits,
+    tiling: _plan.Tiling,
+    on: Gpu,
+    of_keys: bool,
+) -> tuple[TileLists, Array]:
+    """Where the lists are, and the array that owns them."""
+    own_sights = sights(problem, found, traits, tiling, on, whole_rows=of_keys)
+    batches, heads, query_tiles, key_tiles = own_sights.shape
+    kernel = _plan.mask_lists_kernel(on.device.capability)
+    turns = on.empty(own_sights.shape, np.uint32) if of_keys else None
+    entries = on.empty((batches, heads, query_tiles, 1 + key_tiles, 2), np.int32)
+    params = _params.pack_mask_lists(own_sights, entries, turns, of_keys=False)
+    _run(on, kernel, batches * heads * query_tiles, params)
+    if of_keys:
+        entries = on.empty((batches, heads, key_tiles, 1 + query_tiles, 2), np.int32)
+        params = _params.pack_mask_lists(own_sights, entries, turns, of_keys=True)
+        _run(on, kernel, batches * heads * key_tiles, params)
+
+    lines, pitch = entries.shape[2:4]
+    of_head = lines * pitch
+    strides = (0 if batches == 1 else heads * of_head, 0 if heads == 1 else of_head, pitch)
+    return TileLists(_params.address(entries), *strides), entries
+
+
+def _kept(problem: Problem, what: Any, find: Callable[[], Any]) -> Any:
+    """From the tables of a compiled mask, where nothing else of the call lies on the device."""
+    of_device = (problem.q_lens, problem.kv_lens, problem.offset)
+    per_batch = any(x is not None and not isinstance(x, int) for x in of_device)
+    if not isinstance(problem.mask, Compiled) or per_batch:
+        return find()
+    shape = (*problem.lse_shape, problem.seqlen_k, problem.heads_k)
+    key = (what, shape, problem.window, problem.offset)
+    tables = problem.mask.tables
+    if key not in tables:
+        tables[key] = find()
+    return tables[key]
+
+
+def _pack_bits(mask: Mask, on: Gpu) -> dict[int, _program.Bits]:
+    """Every Dense leaf's array as bits, by the leaf's number."""
+    bits = {}
+    for number, leaf in enumerate(mask.leaves()):
+        if isinstance(leaf, Dense):
+            booleans = leaf.array.reshape((1,) * (4 - leaf.array.ndim) + leaf.array.shape)
+            batch, heads, rows, keys = booleans.shape
+            words = on.empty((batch, heads, rows, -(-keys // WORD_KEYS)), np.uint32)
+            kernel = _plan.mask_bits_kernel(on.device.capability)
+            params = _params.pack_mask_bits(booleans, words)
+            on.run(kernel, -(-words.size // kernel.threads), params)
+            bits[number] = _program.Bits(words, keys)
+    return bits
+
+
+def _run(on: Gpu, kernel: _plan.Kernel, warps: int, params: bytes) -> None:
+    if warps:
+        on.run(kernel, -(-warps * 32 // kernel.threads), params)

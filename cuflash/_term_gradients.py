@@ -1,0 +1,72 @@
+"""The gradients of bias and sinks on a GPU, from what a backward pass leaves in its workspace."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cuflash import _classify, _params, _plan
+from cuflash._problem import Array, GradientProblem
+
+if TYPE_CHECKING:
+    from cuflash._launch import Gpu
+
+# Blocks that keep every SM busy, and parts that their sum is worth reading.
+_BLOCKS_PER_SM = 4
+_MAX_SPLITS = 64
+
+
+class RowStats(NamedTuple):
+    """The workspace's statistics of rows, and how the main kernel counts these."""
+
+    lse_log2: Array
+    delta: Array
+    rows_per_head: int
+    group: int
+
+
+def bias_gradient(
+    gradient: GradientProblem, traits: _plan.Traits, stats: RowStats, on: Gpu
+) -> Array:
+    """Of the bias's shape and dtype."""
+    problem = gradient.forward
+    bias = problem.bias
+    plan = _plan.bias_gradient_plan(traits, on.device.capability)
+    found = _params.NO_MASKING
+    sights = None
+    if traits.extras.program.source:
+        found = _classify.attachments(problem, on)
+    if problem.mask is not None:
+        sights = _classify.sights(problem, found, traits, plan.tiling, on, whole_rows=False)
+
+    extent = (1,) * (4 - bias.ndim) + bias.shape
+    axes = (
+        problem.batch,
+        problem.heads_q,
+        -(-problem.seqlen_q // plan.tiling.block_q),
+        -(-problem.seqlen_k // plan.tiling.block_kv),
+    )
+    own = [1 if n == 1 else count for n, count in zip(extent, axes, strict=True)]
+    tiles, steps = math.prod(own), math.prod(axes) // math.prod(own)
+    wanted = _BLOCKS_PER_SM * on.device.sms // tiles
+    splits = max(1, min(wanted, steps, _MAX_SPLITS))
+    sums = on.empty((splits, *bias.shape), np.float32)
+    params = _params.pack_bias_gradient(gradient, found, stats, sights, sums, extent, splits)
+    on.run(plan.kernel, tiles * splits, params)
+    dbias = on.empty(bias.shape, bias.dtype)
+    on.run(plan.sum, -(-bias.size // plan.sum.threads), _params.pack_bias_sum(sums, dbias, splits))
+    return dbias
+
+
+def sink_gradient(
+    gradient: GradientProblem, traits: _plan.Traits, stats: RowStats, dtype: np.dtype, on: Gpu
+) -> Array:
+    """Of the sinks' shape, in this dtype."""
+    problem = gradient.forward
+    dsinks = on.empty((problem.heads_q,), np.float32)
+    kernel = _plan.sink_gradient_kernel(traits, on.device.capability)
+    found = _classify.attachments(problem, on)
+    on.run(kernel, problem.heads_q, _params.pack_sink_gradient(problem, found, stats, dsinks))
+    return on.as_contiguous(dsinks, dtype)

@@ -1,0 +1,79 @@
+// Which pair of query and key each accumulator of a warp's scores stands for.
+#pragma once
+#include "accumulator.cuh"
+#include "mask.cuh"
+
+// kTransposed: of sᵀ, whose rows are keys.
+template <bool kTransposed>
+struct Places {
+  const Mask& mask;
+  int head;       // of q, the first of those packed into the rows
+  int first_row;  // of the warp's scores
+  int first_key;
+
+  DEVICE int row(int m, int n, int e) const {
+    return first_row + (kTransposed ? acc_col(n, e) : acc_row(m, e));
+  }
+  DEVICE int key(int m, int n, int e) const {
+    return first_key + (kTransposed ? acc_row(m, e) : acc_col(n, e));
+  }
+  DEVICE Place pair(int m, int n, int e) const {
+    return mask.place(head, row(m, n, e), key(m, n, e));
+  }
+  // The nearest pair that exists.
+  DEVICE Place at(int m, int n, int e) const {
+    return mask.place(head, smaller(row(m, n, e), mask.rows.count - 1),
+                      smaller(key(m, n, e), mask.problem.seqlen_k - 1));
+  }
+
+  // The same, of which the compiler knows nothing: what depends on them is not kept from tile to
+  // tile in registers that the accumulators need.
+  DEVICE Places opaque_places() const { return {mask, head, opaque(first_row), opaque(first_key)}; }
+
+  // Bit (m kN + n) 4 + e: whether accumulator [m][n][e] is a visible pair. A loop that is not
+  // unrolled: the tree's code stands here once, beside accumulators that fill the registers.
+  template <int kM, int kN>
+  DEVICE u64 visible() const {
+    static_assert(kM * kN * 4 <= 64, "a bit for each accumulator");
+    u64 bits = 0;
+#pragma unroll 1
+    for (int index = 0; index < kM * kN * 4; index++) {
+      const int m = index / (4 * kN), n = index / 4 % kN, e = index % 4;
+      bits |= (u64)mask.visible(head, row(m, n, e), key(m, n, e)) << index;
+    }
+    return bits;
+  }
+};
+
+// Of accumulator [m][n][e] among such bits.
+template <int kN>
+DEVICE bool bit_of(u64 bits, int m, int n, int e) {
+  return bits >> ((m * kN + n) * 4 + e) & 1;
+}
+
+// Calls f(accumulator, m, n, e) for those that the mask forbids.
+template <int kM, int kN, class F>
+DEVICE void for_each_hidden(float (&acc)[kM][kN][4], const Places<false>& places, const F& f) {
+  if constexpr (kHasTree) {
+    const u64 visible = places.visible<kM, kN>();
+    for_each(acc, [&](float& x, int m, int n, int e) {
+      if (!bit_of<kN>(visible, m, n, e)) f(x, m, n, e);
+    });
+  } else {
+    Interval keys[kM][2];
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) keys[m][r] = places.mask.keys_of_row(places.row(m, 0, 2 * r));
+    for_each(acc, [&](float& x, int m, int n, int e) {
+      const int key = places.key(m, n, e);
+      if (key < keys[m][e / 2].begin || key >= keys[m][e / 2].end) f(x, m, n, e);
+    });
+  }
+}
+
+// Scores that the mask forbids become -inf.
+template <int kM, int kN>
+DEVICE void hide(float (&s_acc)[kM][kN][4], const Places<false>& places) {
+  for_each_hidden(s_acc, places, [](float& s, int, int, int) { s = -infinity(); });
+}
