@@ -35,10 +35,18 @@ MANY_TASKS = 16
 
 
 class Work:
-    """A problem's arrays by key head, and how they are cut."""
+    """A problem's arrays by key head, and how they are cut.
 
-    def __init__(self, problem: Problem, splits_rows: bool) -> None:
+    A problem may be one of several that share the threads: `share` is its part of all the work,
+    and `first_batch` the number that its first batch entry has among all.
+    """
+
+    def __init__(
+        self, problem: Problem, splits_rows: bool, share: float = 1.0, first_batch: int = 0
+    ) -> None:
         self.problem = problem
+        self.first_batch = first_batch
+        self.many_tasks = math.ceil(MANY_TASKS * share)
         self.dtype = problem.lse_dtype
         self.group = problem.group
         self.scale = problem.scale * LOG2_E
@@ -83,10 +91,10 @@ class Work:
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
         # Several heads to a tile mean less Python, where there are enough tasks without them.
         tasks = items * tiles if splits_rows else items
-        self.tile_heads = max(1, min(size // tile_size, tasks // MANY_TASKS))
+        self.tile_heads = max(1, min(size // tile_size, tasks // self.many_tasks))
         if mask is not None and not mask.shares_heads:
             self.tile_heads = 1
-        tasks_of_item = math.ceil(MANY_TASKS * self.tile_heads / max(1, items))
+        tasks_of_item = math.ceil(self.many_tasks * self.tile_heads / max(1, items))
         self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
         self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
         self.ones = np.ones(self.tile_keys, self.dtype)
@@ -191,11 +199,12 @@ class Tile:
 
     def places(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
         """b, h, i and j, the last three integers that broadcast to (heads, group, rows, keys)."""
-        h = np.arange(self.item.work.problem.heads_q).reshape(-1, self.item.work.group)
+        work = self.item.work
+        h = np.arange(work.problem.heads_q).reshape(-1, work.group)
         h = h[self.item.heads, self.item.members]
         i = np.arange(self.rows.start, self.rows.stop)
         j = np.concatenate([np.arange(run.keys.start, run.keys.stop) for run in self.runs])
-        return self.item.batch, h[:, :, None, None], i[:, None], j
+        return work.first_batch + self.item.batch, h[:, :, None, None], i[:, None], j
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +244,12 @@ class Item:
     @property
     def band(self) -> Band:
         return self.work.bands[self.batch]
+
+    def pairs(self, rows: slice) -> int:
+        """About how many pairs of these rows and keys there are, masks aside."""
+        keys = self.band.keys_of(rows)
+        heads = (self.heads.stop - self.heads.start) * self.group
+        return heads * (rows.stop - rows.start) * max(0, keys.stop - keys.start)
 
     def query(self, rows: slice, columns: int = 0) -> np.ndarray:
         """(heads, group * rows, D + columns), scaled."""

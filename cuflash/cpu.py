@@ -15,8 +15,10 @@ Inside, scores are in units of log 2, because exp2 is twice as fast as exp.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +38,7 @@ from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._terms import add, dropped, modify
 from cuflash._threads import for_each
 from cuflash._tiles import blocks
-from cuflash._work import MANY_TASKS, Item, Tile, Work
+from cuflash._work import Item, Tile, Work
 
 # A row's reference stays while its sum of exponentials is between 1 / LARGEST_SUM and LARGEST_SUM.
 LARGEST_SUM = 2.0**24
@@ -47,26 +49,28 @@ def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     out = problem.out
     out = empty_like(problem.q, problem.head_dim_v) if out is None else out
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
-    if not lse.size:
-        return out, lse
-    work = Work(problem, splits_rows=True)
-    for batch, band in enumerate(work.bands):
-        out[batch, band.rows :] = 0
-    out_by_head, lse_by_head = work.by_key_head(out), work.rows_by_key_head(lse)
-
-    def attend(task: tuple[Item, slice]) -> None:
-        item, rows = task
-        with np.errstate(all="ignore"):
-            _attend(item, rows, out_by_head[item.index], lse_by_head[item.index])
-
-    tasks = [
-        (item, rows)
-        for item in work.items()
-        for rows in blocks(slice(0, item.band.rows), work.task_rows)
-    ]
-    # In a causal problem the last rows take longest: they come first.
-    for_each(attend, sorted(tasks, key=lambda task: -task[1].start))
+    if lse.size:
+        attend([(Work(problem, splits_rows=True), out, lse)])
     return out, lse
+
+
+def attend(parts: list[tuple[Work, np.ndarray, np.ndarray]]) -> None:
+    """Write (out, lse) of each work; the threads share the tasks of all."""
+    tasks = []
+    for work, out, lse in parts:
+        for batch, band in enumerate(work.bands):
+            out[batch, band.rows :] = 0
+        out, lse = work.by_key_head(out), work.rows_by_key_head(lse)
+        for item in work.items():
+            for rows in blocks(slice(0, item.band.rows), work.task_rows):
+                tasks.append((item, rows, out[item.index], lse[item.index]))
+
+    def run(task: tuple[Item, slice, np.ndarray, np.ndarray]) -> None:
+        with np.errstate(all="ignore"):
+            _attend(*task)
+
+    # What takes longest comes first: in a causal problem the last rows.
+    for_each(run, sorted(tasks, key=lambda task: (-task[0].pairs(task[1]), -task[1].start)))
 
 
 def backward(gradient: GradientProblem) -> Gradients:
@@ -75,36 +79,48 @@ def backward(gradient: GradientProblem) -> Gradients:
     if not problem.q.size:
         inputs = (problem.q, problem.k, problem.v, problem.bias, problem.sinks)
         return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
-    work = Work(problem, splits_rows=False)
-    sums = _GradientSums(work)
-    loaded: dict[tuple[int, int, int], _Operands] = {}
-    differentiate_item = _differentiate if work.mask is None else _differentiate_masked
-
-    def load(item: Item) -> _Operands:
-        with np.errstate(all="ignore"):
-            operands = _Operands.load(item, gradient)
-            sums.add_sinks(item, operands.row_blocks)
-            return operands
-
-    def differentiate(task: tuple[int, list[Item]]) -> None:
-        split, family = task
-        with np.errstate(all="ignore"):
-            for item in family:
-                operands = loaded[item.start] if loaded else load(item)
-                differentiate_item(item, operands, sums, split)
-
-    def add_kept(item: Item) -> None:
-        with np.errstate(all="ignore"):
-            sums.add_kept(item)
-
-    if sums.splits > 1:  # they read the same rows, or with a mask the same keys
-        for_each(lambda item: loaded.update({item.start: load(item)}), work.items())
-    families = work.families()
-    for_each(differentiate, [(split, one) for split in range(sums.splits) for one in families])
-    if work.mask is not None:
-        for_each(add_kept, [item for item in work.items() if not item.members.start])
+    sums = GradientSums(Work(problem, splits_rows=False), gradient)
+    differentiate([sums])
     with np.errstate(all="ignore"):
         return sums.gradients()
+
+
+def differentiate(parts: list[GradientSums]) -> None:
+    """Add up the gradients of each part; the threads share the tasks of all."""
+    # Splits read the same rows, or with a mask the same keys.
+    loads = [(sums, item) for sums in parts if sums.splits > 1 for item in sums.work.items()]
+    tasks = [
+        (sums, family, split)
+        for sums in parts
+        for split in range(sums.splits)
+        for family in sums.work.families()
+    ]
+    ends = [(sums, item) for sums in parts for item in sums.items_with_kept()]
+
+    def load(sums: GradientSums, item: Item) -> None:
+        sums.loaded[item.start] = sums.load(item)
+
+    def add(sums: GradientSums, family: list[Item], split: int) -> None:
+        add_item = _differentiate if sums.work.mask is None else _differentiate_masked
+        for item in family:
+            operands = sums.loaded[item.start] if sums.loaded else sums.load(item)
+            add_item(item, operands, sums, split)
+
+    def cost(task: tuple[GradientSums, list[Item], int]) -> int:
+        sums, family, _ = task
+        return sum(item.pairs(slice(0, item.band.rows)) for item in family) // sums.splits
+
+    for function, some in (
+        (load, loads),
+        (add, sorted(tasks, key=cost, reverse=True)),
+        (GradientSums.add_kept, ends),
+    ):
+        for_each(partial(_quietly, function), some)
+
+
+def _quietly(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    with np.errstate(all="ignore"):
+        function(*arguments)
 
 
 def _attend(item: Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
@@ -210,7 +226,7 @@ class _OnlineSoftmax:
         np.divide(numerator, divisor[..., None], out=out, casting="same_kind")
 
 
-def _differentiate(item: Item, operands: _Operands, sums: _GradientSums, split: int) -> None:
+def _differentiate(item: Item, operands: _Operands, sums: GradientSums, split: int) -> None:
     """Add what every `splits`-th block of keys contributes to the gradients of some heads."""
     work, band, row_blocks = item.work, item.band, operands.row_blocks
     dqueries = [np.zeros(block.query[..., :-1].shape, work.dtype) for block in row_blocks]
@@ -232,7 +248,7 @@ def _differentiate(item: Item, operands: _Operands, sums: _GradientSums, split: 
         sums.write_dq(item, block.rows, split, dquery)
 
 
-def _differentiate_masked(item: Item, operands: _Operands, sums: _GradientSums, split: int) -> None:
+def _differentiate_masked(item: Item, operands: _Operands, sums: GradientSums, split: int) -> None:
     """Add what one split of the blocks of rows contributes to the gradients of some heads."""
     work, (key, value) = item.work, operands.keys
     some = work.mask.split_of_rows(*item.index, split, sums.splits)
@@ -252,7 +268,7 @@ def _differentiate_masked(item: Item, operands: _Operands, sums: _GradientSums, 
 
 
 def _gradients_of(
-    tile: Tile, block: _RowBlock, sums: _GradientSums, split: int
+    tile: Tile, block: _RowBlock, sums: GradientSums, split: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What a tile adds to dq / scale, dk / ln 2 and dv; it adds to dbias itself."""
     hidden = tile.hidden
@@ -338,25 +354,36 @@ class _RowBlock:
         return probs, dscores, slope
 
 
-class _GradientSums:
-    """Where the gradients are added up; no two tasks add to the same elements."""
+class GradientSums:
+    """Where the gradients are added up; no two tasks add to the same elements.
 
-    def __init__(self, work: Work) -> None:
+    `into`: arrays for dq, dk and dv; by default new ones.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        gradient: GradientProblem,
+        into: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    ) -> None:
         problem = work.problem
-        self.work = work
+        self.work, self.gradient = work, gradient
+        self.loaded: dict[tuple[int, int, int], _Operands] = {}  # by item, where there are splits
+        inputs = (problem.q, problem.k, problem.v)
+        self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
         masked = work.mask is not None
         tiles = math.ceil(problem.seqlen_k / work.tile_keys)
         if masked:
             tiles = math.ceil(problem.seqlen_q / work.tile_rows)
-        self.splits = max(1, min(tiles, MANY_TASKS // max(1, len(work.families()))))
+        self.splits = max(1, min(tiles, work.many_tasks // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         # With a mask splits of the rows share dk and dv: each keeps its part until the end.
         copies = 1 if masked else self.splits
-        dtype = problem.dtype if copies == 1 else work.dtype
-        self.dq_copies = [empty_like(problem.q, dtype=dtype) for _ in range(copies)]
+        self.dq_copies = [self.all_dq]
+        if copies > 1:
+            self.dq_copies = [empty_like(problem.q, dtype=work.dtype) for _ in range(copies)]
         self.kept: dict[tuple[int, int, int, int], tuple[slice, np.ndarray, np.ndarray]] = {}
         self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
-        self.all_dk, self.all_dv = empty_like(problem.k), empty_like(problem.v)
         for batch, band in enumerate(work.bands):
             for x in self.dq_copies:
                 x[batch, band.rows :] = 0
@@ -370,6 +397,12 @@ class _GradientSums:
         if problem.sinks is not None:
             by_batch = (problem.batch, problem.heads_k, problem.group)
             self.dsinks_by_batch = np.zeros(by_batch, work.dtype)
+
+    def load(self, item: Item) -> _Operands:
+        """An item's operands; this is done once, and adds what its rows give to the sinks."""
+        operands = _Operands.load(item, self.gradient)
+        self.add_sinks(item, operands.row_blocks)
+        return operands
 
     def add_sinks(self, item: Item, row_blocks: list[_RowBlock]) -> None:
         """Add what the rows of an item give to the sinks of its heads."""
@@ -409,6 +442,11 @@ class _GradientSums:
         """Hold on to what a split of the rows adds to dk / ln 2 and dv of some keys."""
         self.kept[(*item.start, split)] = (keys, dkey, dvalue)
 
+    def items_with_kept(self) -> list[Item]:
+        """One item for each of the key heads of which something is kept."""
+        masked = self.work.mask is not None
+        return [item for item in self.work.items() if masked and not item.members.start]
+
     def add_kept(self, item: Item) -> None:
         """Write dk and dv of an item's key heads: what is kept of them, summed in order."""
         parts = [self.kept[place] for place in sorted(self.kept) if place[:2] == item.start[:2]]
@@ -427,8 +465,9 @@ class _GradientSums:
         if problem.sinks is not None:
             dsinks = _sum_of(list(self.dsinks_by_batch), problem.sinks.dtype)
             dsinks = dsinks.reshape(problem.sinks.shape)
-        dq = _sum_of(self.dq_copies, problem.dtype)
-        return Gradients(dq, self.all_dk, self.all_dv, dbias, dsinks)
+        if len(self.dq_copies) > 1:
+            self.all_dq[...] = _sum_of(self.dq_copies, problem.dtype)
+        return Gradients(self.all_dq, self.all_dk, self.all_dv, dbias, dsinks)
 
 
 def _scores(
