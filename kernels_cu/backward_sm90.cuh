@@ -346,7 +346,7 @@ struct BackwardConsumer {
     // Each in one register, to which the loads add constants.
     const u32 lse = opaque(smem.lse(stage.index) + (first_query() + acc_col(0, 0)) * kFloat);
     const u32 delta = opaque(smem.delta(stage.index) + (first_query() + acc_col(0, 0)) * kFloat);
-    const Places<true> own = places(walk).opaque_places();
+    const Places<true> own = places(walk).opaque_if(kHasTerms);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; n++) {
       float2 lse_log2, deltas;
@@ -355,19 +355,22 @@ struct BackwardConsumer {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const float score = s[0][n][e];
-        const float delta = e % 2 ? deltas.y : deltas.x;
-        float derivative = scores.derivative(score);
-        if (kProbs) {
-          const float score_log2 = kHasTerms ? scores.with_terms(score, own.at(0, n, e), derivative)
-                                             : score * scores.factor();
-          s[0][n][e] = exp2_approx(score_log2 - (e % 2 ? lse_log2.y : lse_log2.x));
-        }
+        float& p = s[0][n][e];
+        float& ds = dp[0][n][e];
+        const float lse_of_query = e % 2 ? lse_log2.y : lse_log2.x;
+        const float delta_of_query = e % 2 ? deltas.y : deltas.x;
+        float derivative;
+        if constexpr (kProbs && kHasTerms)
+          p = exp2_approx(scores.with_terms(score, own.at(0, n, e), derivative) - lse_of_query);
+        else if constexpr (kProbs)
+          p = exp2_approx(score * scores.factor() - lse_of_query);
+        if constexpr (kGradients && !kHasTerms) derivative = scores.derivative(score);
         if constexpr (kGradients && kDropout) {
           const bool keep = bit_of<kQueries / 8>(kept, 0, n, e);
-          dp[0][n][e] = s[0][n][e] * (dropout.apply(dp[0][n][e], keep) - delta) * derivative;
-          s[0][n][e] = dropout.apply(s[0][n][e], keep);
-        } else if (kGradients) {
-          dp[0][n][e] = s[0][n][e] * (dp[0][n][e] - delta) * derivative;
+          ds = p * (dropout.apply(ds, keep) - delta_of_query) * derivative;
+          p = dropout.apply(p, keep);
+        } else if constexpr (kGradients) {
+          ds = p * (ds - delta_of_query) * derivative;
         }
       }
     }
@@ -400,10 +403,9 @@ struct BackwardConsumer {
     return visible.columns[r].begin <= column && column < visible.columns[r].end;
   }
 
-  // Whether row `query` of the tile sees row `key` of the tile.
+  // Whether row `query` of the array sees row `key` of the tile.
   DEVICE bool sees_key(const GroupTiles& walk, int query, int key) const {
-    return mask.visible(walk.head, walk.tiles.current * kBlockQ + query,
-                        work.tile * kBlockKV + key);
+    return mask.visible(walk.head, query, work.tile * kBlockKV + key);
   }
 
   // dq from (row, col) of the tile on: each thread's sums where post's thread of the same QueryGrid

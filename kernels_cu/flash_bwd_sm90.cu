@@ -157,7 +157,10 @@ struct Consumer : BackwardConsumer<Storage> {
     const int first_row = dq_row() + warpgroup_row();
     clear(dq);
     add_visible(dq, TileLeft<true, DsTile>{ds_tile, first_row}, smem.k(), dq_col(),
-                [&](int r, int key) { return sees_key(walk, first_row + acc_row(0, 2 * r), key); });
+                [&](int r, int key) {
+                  const int query = walk.tiles.current * kBlockQ + first_row + acc_row(0, 2 * r);
+                  return sees_key(walk, query, key);
+                });
     named_barrier_sync(kScoresBarrier, kThreads);  // every warp has finished with dsᵀ
     store_ds(probs);
     __syncwarp();

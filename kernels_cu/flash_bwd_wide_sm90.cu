@@ -173,8 +173,9 @@ struct Consumer : BackwardConsumer<Storage> {
                 sees);
     add_visible(dk, TileLeft<false, ScoreTile>{ds, row}, smem.q(stage.index), first_col(), sees);
     clear(dq);
-    add_visible(dq, TileLeft<true, ScoreTile>{ds, row}, smem.k(), first_col(),
-                [&](int r, int key) { return sees_key(walk, row + acc_row(0, 2 * r), key); });
+    add_visible(dq, TileLeft<true, ScoreTile>{ds, row}, smem.k(), first_col(), [&](int r, int key) {
+      return sees_key(walk, walk.tiles.current * kBlockQ + row + acc_row(0, 2 * r), key);
+    });
   }
 };
 

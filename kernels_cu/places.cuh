@@ -26,9 +26,12 @@ struct Places {
                       smaller(key(m, n, e), mask.problem.seqlen_k - 1));
   }
 
-  // The same, of which the compiler knows nothing: what depends on them is not kept from tile to
-  // tile in registers that the accumulators need.
-  DEVICE Places opaque_places() const { return {mask, head, opaque(first_row), opaque(first_key)}; }
+  // The same, of which the compiler knows nothing, if `wanted`: what depends on them is not kept
+  // from tile to tile in registers that the accumulators need.
+  DEVICE Places opaque_if(bool wanted) const {
+    return {mask, head, wanted ? opaque(first_row) : first_row,
+            wanted ? opaque(first_key) : first_key};
+  }
 
   // Bit (m kN + n) 4 + e: whether accumulator [m][n][e] is a visible pair. A loop that is not
   // unrolled: the tree's code stands here once, beside accumulators that fill the registers.

@@ -57,7 +57,7 @@ struct Scores {
   template <int kM, int kN, class Places>
   DEVICE void transform(float (&s_acc)[kM][kN][4], const Places& places) const {
     if constexpr (kHasTerms) {
-      const Places own = places.opaque_places();
+      const Places own = places.opaque_if(true);
       for_each(s_acc, [&](float& s, int m, int n, int e) {
         float derivative;
         s = with_terms(s, own.at(m, n, e), derivative);

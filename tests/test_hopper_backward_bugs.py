@@ -138,7 +138,7 @@ SHARED_BUGS = {
         WRONG,
         CASE,
     ),
-    "not-hidden": ("      hide(s, columns);\n", "", WRONG, CAUSAL),
+    "not-hidden": ("      hide(s, visible);\n", "", WRONG, CAUSAL),
     "sums-not-announced": (
         "if (kDeterministic) named_barrier_arrive(kAddedBarrier, kTurnThreads);",
         "",
@@ -152,7 +152,7 @@ SHARED_BUGS = {
         COLUMNS,
     ),
     "wide-not-hidden": (
-        "      hide(dp, columns);\n",
+        "      hide(dp, visible);\n",
         "",
         WRONG,
         replace(COLUMNS, causal=True),

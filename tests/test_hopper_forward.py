@@ -73,8 +73,8 @@ BUGS = {
     ),
     "q-released-early": (
         SOURCE,
-        "    begin_with(mask, tile--);",
-        "    release_q();\n      begin_with(mask, tile--);",
+        "    begin_with(mask, last);",
+        "    release_q();\n      begin_with(mask, last);",
         "race:|arrivals",
         LONG,
     ),
@@ -165,7 +165,7 @@ BUGS = {
         LONG,
     ),
     "not-rescaled": (SOURCE, "if (kRescaleLate) softmax.rescale(o_acc);", "", WRONG, LONG),
-    "not-hidden": (SOURCE, "if (partly) hide(", "if (false) hide(", WRONG, CASES["causal"]),
+    "not-hidden": (SOURCE, "if (tile.partly) hide(", "if (false) hide(", WRONG, CASES["causal"]),
     "store-not-fenced": (SOURCE, "    fence_proxy_async();\n", "", "proxy:", LONG),
     "store-before-all-wrote": (
         SOURCE,
