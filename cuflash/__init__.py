@@ -7,6 +7,7 @@ from cuflash.explain import Explanation, explain
 from cuflash.merge import merge
 from cuflash.score_mod import ScoreMod
 from cuflash.validate import validate
+from cuflash.varlen import attention_varlen, attention_varlen_backward, attention_varlen_vjp
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,9 @@ __all__ = [
     "ScoreMod",
     "attention",
     "attention_backward",
+    "attention_varlen",
+    "attention_varlen_backward",
+    "attention_varlen_vjp",
     "attention_vjp",
     "explain",
     "masks",

@@ -188,6 +188,18 @@ class Check(NamedTuple):
         if array.dtype != dtype:
             self.fail(TypeError, f"{name} is {array.dtype}; expected {dtype}")
 
+    def results(
+        self, forward: Any, dout: Array, out: Array, lse: Array, dlse: Array | None
+    ) -> None:
+        """What came out of a forward problem, dense or packed, and the gradient of it."""
+        for name, array in (("dout", dout), ("out", out)):
+            self.like(name, array, forward.out_shape, forward.dtype)
+        for name, array in (("dout", dout), ("out", out)):
+            self.contiguous_last_axis(name, array)
+        self.like("lse", lse, forward.lse_shape, forward.lse_dtype)
+        if dlse is not None:
+            self.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
+
     def out(
         self,
         out: Array,
@@ -284,6 +296,45 @@ class Check(NamedTuple):
 
     def lengths(self, name: str, lengths: Any, batch: int, longest: int) -> Array | None:
         return None if lengths is None else self.per_batch(name, lengths, batch, 0, longest)
+
+    def cu_seqlens(self, name: str, array: Any, tokens: int) -> Array:
+        """Where each sequence starts and the last one ends: (B + 1,) integers."""
+        is_array = hasattr(array, "__dlpack__")
+        if not is_array or array.dtype.kind not in "iu":
+            found = array.dtype if is_array else type(array).__name__
+            self.fail(TypeError, f"{name} is {found}; expected an array of integers")
+        if len(array.shape) != 1 or not array.shape[0]:
+            self.fail(ValueError, f"{name} has shape {array.shape}; expected (sequences + 1,)")
+        if isinstance(array, np.ndarray) or self.reads_device:
+            self.never_decreasing(name, array, tokens)
+        return array.astype(np.int64, copy=False) if isinstance(array, np.ndarray) else array
+
+    def never_decreasing(self, name: str, array: Array, highest: int) -> None:
+        """From 0 to at most `highest`; reads the values."""
+        if int(array[0]):
+            self.fail(ValueError, f"{name} starts at {int(array[0])}; expected 0")
+        falls = array[1:] < array[:-1]
+        if falls.any():
+            start = int(falls.argmax())
+            before, after = int(array[start]), int(array[start + 1])
+            self.fail(
+                ValueError,
+                f"{name} falls from {before} to {after} at sequence {start}; "
+                "expected values that never decrease",
+            )
+        if int(array[-1]) > highest:
+            self.fail(
+                ValueError,
+                f"{name} ends at {int(array[-1])}; expected at most {highest}, the tokens",
+            )
+
+    def same_batch(self, cu_seqlens_q: Array, cu_seqlens_k: Array) -> None:
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            self.fail(
+                ValueError,
+                f"cu_seqlens_k has shape {cu_seqlens_k.shape}, "
+                f"cu_seqlens_q has {cu_seqlens_q.shape}; expected the same",
+            )
 
     def per_batch(self, name: str, array: Any, batch: int, low: int, high: int) -> Array:
         is_array = hasattr(array, "__dlpack__")

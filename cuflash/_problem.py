@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash._checks import Array, Check, accumulator_dtype, check_layouts
 from cuflash._mask_tree import Dense, Mask, ScoresShape
-from cuflash.score_mod import ScoreMod
+from cuflash.score_mod import ScoreMod, check_score_mod
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,11 +75,7 @@ class Problem:
             mask = Dense(check.mask(mask, scores_shape))
         if mask is not None:
             mask.check(check, ScoresShape(batch, heads_q, k.shape[2], seqlen_q, seqlen_k))
-        if score_mod is not None:
-            if not isinstance(score_mod, ScoreMod):
-                found = type(score_mod).__name__
-                check.fail(TypeError, f"score_mod is a {found}; expected a cuflash.ScoreMod")
-            score_mod.check(check)
+        check_score_mod(check, score_mod)
         structures = [x for x in (mask, score_mod) if x is not None]
         check.attachments(sum(x.attachments for x in structures))
         if out is not None:
@@ -211,13 +207,7 @@ class GradientProblem:
     ) -> GradientProblem:
         """Check that dout, out, lse and dlse belong to `forward`."""
         check = Check(function, forward.device)
-        check.like("dout", dout, forward.out_shape, forward.dtype)
-        check.like("out", out, forward.out_shape, forward.dtype)
-        for name, array in (("dout", dout), ("out", out)):
-            check.contiguous_last_axis(name, array)
-        check.like("lse", lse, forward.lse_shape, forward.lse_dtype)
-        if dlse is not None:
-            check.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
+        check.results(forward, dout, out, lse, dlse)
         if forward.score_mod is not None:
             forward.score_mod.check_backward(check)
         return cls(forward, dout, out, lse, dlse, check.flag("deterministic", deterministic))

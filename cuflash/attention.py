@@ -22,10 +22,10 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from cuflash._checks import Check, check_flag
+from cuflash import _calls
+from cuflash._calls import Kind
 from cuflash._mask_tree import Mask
 from cuflash._problem import GradientProblem, Gradients, Problem
-from cuflash.interop import receive, warn_of_lost_gradients
 from cuflash.score_mod import ScoreMod
 
 Array = Any  # of NumPy, CuPy, torch, JAX, or anything with __dlpack__
@@ -153,7 +153,7 @@ def attention(
     >>> cuflash.attention(q, k, v, causal=True).ravel().round(3)  # query 0 does not see key 2
     array([1.5, 3. ], dtype=float32)
     """
-    return _forward("attention", locals())
+    return _calls.forward(DENSE, "attention", locals())
 
 
 def attention_backward(
@@ -223,7 +223,7 @@ def attention_backward(
     >>> grads.dv.ravel().round(3)  # both keys have the probability 1 / 2
     array([0.5, 0.5], dtype=float32)
     """
-    return _backward("attention_backward", locals())
+    return _calls.backward(DENSE, "attention_backward", locals())
 
 
 def attention_vjp(
@@ -283,53 +283,7 @@ def attention_vjp(
     >>> round(float(grads.dv.sum()), 3), out.size  # the probabilities of a query sum to 1
     (24.0, 24)
     """
-    return _vjp("attention_vjp", locals())
-
-
-# The public functions hand on locals(), every argument under its name, so that none is forgotten;
-# they call nothing before that: torch.compile would take them apart, and their locals() with them.
-
-
-def _forward(
-    function: str, arguments: dict[str, Any], has_pullback: bool = False
-) -> Array | tuple[Array, Array]:
-    if not has_pullback:
-        warn_of_lost_gradients(function, arguments, stacklevel=4)
-    return_lse = check_flag(function, "return_lse", arguments["return_lse"])
-    with receive(function, ("q", "k", "v"), arguments) as call:
-        del call.arguments["return_lse"]
-        problem = call.upload(Problem.create(function, call.device, **call.arguments))
-        if has_pullback and problem.score_mod is not None:
-            problem.score_mod.check_backward(Check(function, call.device))
-        out, lse = _backend(call.device).forward(problem)
-        out = call.give(out) if problem.out is None else arguments["out"]
-        return (out, call.give(lse)) if return_lse else out
-
-
-def _backward(function: str, arguments: dict[str, Any]) -> Gradients:
-    own = ("dout", "out", "lse", "dlse", "deterministic")
-    with receive(function, ("q", "k", "v", "dout", "out", "lse"), arguments) as call:
-        results = {name: call.arguments.pop(name) for name in own}
-        forward = call.upload(Problem.create(function, call.device, **call.arguments))
-        gradient = GradientProblem.create(function, forward, **results)
-        return Gradients(*map(call.give, _backend(call.device).backward(gradient)))
-
-
-def _vjp(
-    function: str, arguments: dict[str, Any]
-) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
-    options = dict(arguments)
-    return_lse, deterministic = (
-        check_flag(function, name, options.pop(name)) for name in ("return_lse", "deterministic")
-    )
-    out, lse = _forward(function, {**options, "return_lse": True}, has_pullback=True)
-
-    def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
-        results = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
-        arguments = {**options, **results, "deterministic": deterministic}
-        return _backward(f"{function}'s pullback", arguments)
-
-    return ((out, lse) if return_lse else out), pullback
+    return _calls.vjp(DENSE, "attention_vjp", locals())
 
 
 @cache
@@ -340,3 +294,8 @@ def _backend(device: str) -> ModuleType:
     else:
         from cuflash import _launch as backend
     return backend
+
+
+# The functions hand on locals(), every argument under its name, so that none is forgotten; they
+# call nothing before that: torch.compile would take them apart, and their locals() with them.
+DENSE = Kind(Problem, GradientProblem, _backend)

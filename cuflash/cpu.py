@@ -461,12 +461,12 @@ class GradientSums:
         """The finished gradients in the dtypes of their inputs."""
         problem, dbias, dsinks = self.work.problem, None, None
         if problem.bias is not None:
-            dbias = _sum_of(self.dbias_copies, problem.bias.dtype).reshape(problem.bias.shape)
+            dbias = sum_of(self.dbias_copies, problem.bias.dtype).reshape(problem.bias.shape)
         if problem.sinks is not None:
-            dsinks = _sum_of(list(self.dsinks_by_batch), problem.sinks.dtype)
+            dsinks = sum_of(list(self.dsinks_by_batch), problem.sinks.dtype)
             dsinks = dsinks.reshape(problem.sinks.shape)
         if len(self.dq_copies) > 1:
-            self.all_dq[...] = _sum_of(self.dq_copies, problem.dtype)
+            self.all_dq[...] = sum_of(self.dq_copies, problem.dtype)
         return Gradients(self.all_dq, self.all_dk, self.all_dv, dbias, dsinks)
 
 
@@ -492,7 +492,7 @@ def _scores(
     return scores
 
 
-def _sum_of(copies: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+def sum_of(copies: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     """The sum of the copies, in order."""
     total = copies[0]
     for copy in copies[1:]:

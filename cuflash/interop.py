@@ -27,7 +27,8 @@ Foreign = Any  # an array of the caller's kind
 Structure = TypeVar("Structure", Mask, ScoreMod)
 
 OPTIONAL_ARRAYS = frozenset({"mask", "bias", "alibi_slopes", "sinks", "out", "dlse"})
-LENGTHS = frozenset({"offset", "q_lens", "kv_lens"})  # may be on the host where q is on a GPU
+# These may be on the host where q is on a GPU.
+LENGTHS = frozenset({"offset", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_k"})
 STRUCTURES = frozenset({"mask", "score_mod"})  # whose arrays may be on the host likewise
 
 
@@ -53,7 +54,7 @@ class Call(NamedTuple):
         host = {name: getattr(problem, name, None) for name in self.host_lengths}
         changes = {n: _cupy().asarray(x) for n, x in host.items() if isinstance(x, np.ndarray)}
         for name in STRUCTURES:
-            structure = getattr(problem, name)
+            structure = getattr(problem, name, None)
             if structure is not None:
                 changes[name] = self.on_device(structure)
         return replace(problem, **changes)

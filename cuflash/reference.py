@@ -6,6 +6,8 @@ q and k, Dv head size of v. Query head h reads key head h // (Hq // Hk).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cuflash._mask_tree import (
@@ -170,8 +172,98 @@ def attention_backward(
             dk=_sum_groups(dk, group).swapaxes(1, 2),
             dv=_sum_groups(dv, group).swapaxes(1, 2),
             dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
-            dsinks=None if sinks is None else _dsinks(sink_scores, lse, means),
+            dsinks=None if sinks is None else _dsinks(sink_scores, lse, means).sum(axis=(0, 1, 2)),
         )
+
+
+def attention_varlen(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    cu_seqlens_k: np.ndarray,
+    **options: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attend within each of several sequences: as `attention` on a batch padded to one length.
+
+    Parameters
+    ----------
+    q, k, v : arrays (T, Hq, D), (T, Hk, D) and (T, Hk, Dv), the tokens of all sequences
+    cu_seqlens_q, cu_seqlens_k : (B + 1,) integers, where each sequence starts and the last one ends
+    options : as of `attention`, but for q_lens, kv_lens, mask and bias
+
+    Returns
+    -------
+    out, lse : float64 arrays (T, Hq, Dv) and (Hq, T); behind the last sequence 0 and -inf
+
+    Examples
+    --------
+    >>> q = k = np.ones((3, 1, 1))
+    >>> v = np.array([10.0, 20.0, 60.0]).reshape(3, 1, 1)
+    >>> out, lse = attention_varlen(q, k, v, np.array([0, 2, 3]), np.array([0, 2, 3]))
+    >>> out.ravel().tolist()
+    [15.0, 15.0, 60.0]
+    """
+    lens = {"q_lens": np.diff(cu_seqlens_q), "kv_lens": np.diff(cu_seqlens_k)}
+    k, v = (_padded(x, cu_seqlens_k) for x in (k, v))
+    out, lse = attention(_padded(q, cu_seqlens_q), k, v, **lens, **options)
+    lse = _unpadded(lse.swapaxes(1, 2), cu_seqlens_q, len(q), fill=-np.inf)
+    return _unpadded(out, cu_seqlens_q, len(q)), lse.T
+
+
+def attention_varlen_backward(
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cu_seqlens_q: np.ndarray,
+    cu_seqlens_k: np.ndarray,
+    *,
+    dlse: np.ndarray | None = None,
+    **options: Any,
+) -> Gradients:
+    """Pull a gradient of (out, lse) back to the inputs.
+
+    Parameters
+    ----------
+    dout, dlse : arrays (T, Hq, Dv) and (Hq, T), the gradients of out and, if there is one, of lse
+    q, k, v, cu_seqlens_q, cu_seqlens_k and the options : as given to `attention_varlen`
+
+    Returns
+    -------
+    Gradients : as from `attention_backward`, of the inputs' shapes
+    """
+    lens = {"q_lens": np.diff(cu_seqlens_q), "kv_lens": np.diff(cu_seqlens_k)}
+    rows = [_padded(x, cu_seqlens_q) for x in (dout, q)]
+    keys = [_padded(x, cu_seqlens_k) for x in (k, v)]
+    if dlse is not None:
+        dlse = _padded(dlse.T, cu_seqlens_q).swapaxes(1, 2)
+    dq, dk, dv, _, dsinks = attention_backward(*rows, *keys, dlse=dlse, **lens, **options)
+    return Gradients(
+        dq=_unpadded(dq, cu_seqlens_q, len(q)),
+        dk=_unpadded(dk, cu_seqlens_k, len(k)),
+        dv=_unpadded(dv, cu_seqlens_k, len(v)),
+        dsinks=dsinks,
+    )
+
+
+def _padded(x: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
+    """(T, ...) to (B, S, ...): each sequence from 0 on, and zeros behind it."""
+    lengths = np.diff(cu_seqlens)
+    batch = np.zeros((len(lengths), lengths.max(initial=0), *x.shape[1:]), x.dtype)
+    for one, start, length in zip(batch, cu_seqlens, lengths, strict=False):
+        one[:length] = x[start : start + length]
+    return batch
+
+
+def _unpadded(
+    batch: np.ndarray, cu_seqlens: np.ndarray, tokens: int, fill: float = 0
+) -> np.ndarray:
+    """(B, S, ...) to (T, ...): the reverse, with `fill` behind the last sequence."""
+    x = np.full((tokens, *batch.shape[2:]), fill, np.float64)
+    for one, start, length in zip(batch, cu_seqlens, np.diff(cu_seqlens), strict=False):
+        x[start : start + length] = one[:length]
+    return x
 
 
 def _visible(
@@ -369,10 +461,10 @@ def _kept(shape: tuple[int, ...], dropout: float, seed: int | None) -> np.ndarra
 
 
 def _dsinks(sink_scores: np.ndarray, lse: np.ndarray, means: np.ndarray) -> np.ndarray:
-    """(Hq,): a sink is one more column of the scores, whose dprobs are 0."""
+    """Of each row, (B, 1, Sq, Hq): a sink is one more column of the scores, whose dprobs are 0."""
     with np.errstate(invalid="ignore"):
         probs = np.exp(sink_scores - lse[..., None])
-        return np.where(sink_scores != -np.inf, -probs * means, 0).sum(axis=(0, 2, 3))
+        return np.where(sink_scores != -np.inf, -probs * means, 0).swapaxes(1, 3)
 
 
 def _sum_over_visible(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:

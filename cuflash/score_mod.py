@@ -133,6 +133,16 @@ class ScoreMod:
             ) from None
 
 
+def check_score_mod(check: Check, score_mod: ScoreMod | None) -> None:
+    """Fail unless it is a score function that the device can use, or none."""
+    if score_mod is None:
+        return
+    if not isinstance(score_mod, ScoreMod):
+        found = type(score_mod).__name__
+        check.fail(TypeError, f"score_mod is a {found}; expected a cuflash.ScoreMod")
+    score_mod.check(check)
+
+
 def check_expression(function: str, name: str, code: Any) -> None:
     """Fail unless `code` is the text of one expression."""
     if not isinstance(code, str):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from cuflash._checks import Check
 from cuflash._mask_tree import Mask
+from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
 from cuflash.attention import Array, Integers, Window
 from cuflash.interop import receive
@@ -15,6 +17,8 @@ def validate(
     q: Array,
     k: Array,
     v: Array,
+    cu_seqlens_q: Integers | None = None,
+    cu_seqlens_k: Integers | None = None,
     *,
     causal: bool = False,
     offset: int | Integers | None = None,
@@ -32,19 +36,22 @@ def validate(
     score_mod: ScoreMod | None = None,
     out: Array | None = None,
 ) -> None:
-    """Check the arguments of a call of `attention`, and the values that it cannot look at.
+    """Check arguments of `attention` or `attention_varlen`, and the values that they do not see.
 
-    `attention` checks what it can know at once. To check lengths, offsets and masks' integers that
-    lie on a GPU would be to wait for them: its kernels clip them to what is possible instead. This
-    function reads them, and so waits for the GPU. What it lets pass, `attention` does not clip.
+    These check what they can know at once. To check lengths, offsets and masks' integers that lie
+    on a GPU would be to wait for them: the kernels clip them to what is possible instead. This
+    function reads them, and so waits for the GPU. What it lets pass, the kernels do not clip.
 
     Parameters
     ----------
     q, k, v : arrays
-        As in `attention`; their elements are not read.
+        As in `attention`, or, with `cu_seqlens_q` and `cu_seqlens_k`, as in `attention_varlen`;
+        their elements are not read.
+    cu_seqlens_q, cu_seqlens_k : (B + 1,) integers
+        As in `attention_varlen`. Without them it is a call of `attention`.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias, out
-        As in `attention`. The values of `offset`, `q_lens`, `kv_lens` and the integers of `mask`
-        are read on whatever device they are.
+        As in `attention`. The values of `offset`, `q_lens`, `kv_lens`, `cu_seqlens_q`,
+        `cu_seqlens_k` and the integers of `mask` are read on whatever device they are.
     alibi_slopes, sinks, dropout, seed, score_mod
         As in `attention`.
 
@@ -56,8 +63,8 @@ def validate(
     Raises
     ------
     ValueError
-        A length, an offset, a prefix or the end of an interval is out of range, or `attention`
-        would raise it.
+        A length, an offset, a prefix or the end of an interval is out of range, cu_seqlens do not
+        rise from 0 to at most T, or `attention` would raise it.
     TypeError, NotImplementedError
         As `attention`.
 
@@ -76,4 +83,13 @@ def validate(
 
 def _validate(function: str, arguments: dict[str, Any]) -> None:
     with receive(function, ("q", "k", "v"), arguments) as call:
-        Problem.create(function, call.device, **call.arguments).check_values(function)
+        given, kind = dict(call.arguments), Problem
+        if given["cu_seqlens_q"] is None and given["cu_seqlens_k"] is None:
+            del given["cu_seqlens_q"], given["cu_seqlens_k"]
+        else:
+            kind = PackedProblem
+            for name in ("q_lens", "kv_lens", "mask", "bias"):
+                if given.pop(name) is not None:
+                    message = f"{name} is given beside cu_seqlens; expected one of them"
+                    Check(function, call.device).fail(ValueError, message)
+        kind.create(function, call.device, **given).check_values(function)

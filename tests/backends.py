@@ -27,6 +27,13 @@ class CpuBackend:
     def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
         return cuflash.attention_backward(dout, q, k, v, out, lse, **options)
 
+    def forward_varlen(self, q, k, v, cu_seqlens_q, cu_seqlens_k, **options: Any) -> Any:
+        arrays = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+        return cuflash.attention_varlen(*arrays, return_lse=True, **options)
+
+    def backward_varlen(self, *arrays: np.ndarray, **options: Any) -> Gradients:
+        return cuflash.attention_varlen_backward(*arrays, **options)
+
 
 class GpuBackend:
     """The kernels on the GPU at hand, through the public functions."""
@@ -42,6 +49,16 @@ class GpuBackend:
     def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
         arrays = map(_to_gpu, (dout, q, k, v, out, lse))
         grads = cuflash.attention_backward(*arrays, **_options_to_gpu(options))
+        return Gradients(*(None if x is None else x.get() for x in grads))
+
+    def forward_varlen(self, *arrays: np.ndarray, **options: Any) -> Any:
+        options = {"return_lse": True, **_options_to_gpu(options)}
+        out, lse = cuflash.attention_varlen(*map(_to_gpu, arrays), **options)
+        return out.get(), lse.get()
+
+    def backward_varlen(self, *arrays: np.ndarray, **options: Any) -> Gradients:
+        arrays = map(_to_gpu, arrays)
+        grads = cuflash.attention_varlen_backward(*arrays, **_options_to_gpu(options))
         return Gradients(*(None if x is None else x.get() for x in grads))
 
 
@@ -70,6 +87,9 @@ class EmulatedBackend:
             "attention_backward", forward, dout, out, lse, dlse, deterministic
         )
         return _launch.backward(gradient, self._make_gpu(_arrays_of(gradient)))
+
+    def forward_varlen(self, *arrays: np.ndarray, **options: Any) -> Any:
+        raise NotImplementedError("the GPU kernels take no packed sequences yet")
 
 
 Backend = CpuBackend | GpuBackend | EmulatedBackend

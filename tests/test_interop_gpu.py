@@ -79,7 +79,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(interop, "_cupy", lambda: fake)
     monkeypatch.setattr(interop, "_driver_fault", lambda ordinal: "")
     attention = importlib.import_module("cuflash.attention")
-    monkeypatch.setattr(attention, "_backend", lambda device: {"cuda": fake}[device])
+    kind = attention.DENSE._replace(backend=lambda device: {"cuda": fake}[device])
+    monkeypatch.setattr(attention, "DENSE", kind)
     return fake
 
 

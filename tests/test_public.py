@@ -16,10 +16,15 @@ import numpy as np
 import pytest
 
 import cuflash
+from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
 
 ROOT = Path(cuflash.__file__).parent.parent
-FUNCTIONS = ("attention", "attention_backward", "attention_vjp", "explain", "merge", "validate")
+VARLEN = ("attention_varlen", "attention_varlen_backward", "attention_varlen_vjp")
+FUNCTIONS = (
+    *("attention", "attention_backward", "attention_vjp", *VARLEN),
+    *("explain", "merge", "validate"),
+)
 IMPORT_SECONDS = 0.3
 
 
@@ -93,6 +98,9 @@ def options(name: str) -> dict[str, inspect.Parameter]:
     return {n: p for n, p in parameters(name).items() if p.kind is p.KEYWORD_ONLY}
 
 
+PACKED = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"]
+
+
 def test_arrays_are_positional_and_options_are_keywords() -> None:
     arrays = {name: list(parameters(name))[: -len(options(name)) or None] for name in FUNCTIONS}
     assert arrays == {
@@ -101,7 +109,10 @@ def test_arrays_are_positional_and_options_are_keywords() -> None:
         "attention_vjp": ["q", "k", "v"],
         "explain": ["q", "k", "v"],
         "merge": ["outs", "lses"],
-        "validate": ["q", "k", "v"],
+        "validate": ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"],
+        "attention_varlen": PACKED,
+        "attention_varlen_backward": ["dout", *PACKED, "out", "lse"],
+        "attention_varlen_vjp": PACKED,
     }
     assert all(p.default is not p.empty for name in FUNCTIONS for p in options(name).values())
 
@@ -123,10 +134,21 @@ def test_the_functions_have_the_same_options() -> None:
         assert names <= options(name).keys()
 
 
-def test_every_option_of_a_problem_is_public() -> None:
-    problem = inspect.signature(Problem.create).parameters
-    expected = {n: p.default for n, p in problem.items() if p.kind is p.KEYWORD_ONLY}
-    public = {n: p.default for n, p in options("attention").items() if n != "return_lse"}
+def test_packed_sequences_have_the_options_that_make_sense_for_them() -> None:
+    not_there = {"q_lens", "kv_lens", "mask", "bias"}
+    for name in VARLEN:
+        dense = options(name.replace("_varlen", ""))
+        expected = [repr(p) for n, p in dense.items() if n not in not_there]
+        assert [repr(p) for p in options(name).values()] == expected
+
+
+@pytest.mark.parametrize(
+    ("problem", "function"), [(Problem, "attention"), (PackedProblem, "attention_varlen")]
+)
+def test_every_option_of_a_problem_is_public(problem: Any, function: str) -> None:
+    found = inspect.signature(problem.create).parameters
+    expected = {n: p.default for n, p in found.items() if p.kind is p.KEYWORD_ONLY}
+    public = {n: p.default for n, p in options(function).items() if n != "return_lse"}
     assert public == expected
 
 
@@ -175,7 +197,9 @@ def test_every_option_counts_in_every_function(option: str, value: Any) -> None:
 # Docstrings
 
 
-@pytest.mark.parametrize("module", ["attention", "merge", "reference", "interop", "validate"])
+@pytest.mark.parametrize(
+    "module", ["attention", "merge", "reference", "interop", "validate", "varlen"]
+)
 def test_doctests(module: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cuflash.{module}"))
     assert result.failed == 0

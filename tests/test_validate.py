@@ -28,6 +28,10 @@ def ndarray(values: Any) -> Any:
 
         return method
 
+    def get(self: Any, index: Any) -> Any:
+        self.reads.append(index)
+        return array[index]
+
     attributes = {
         "__module__": "cupy",
         "__dlpack__": None,
@@ -35,6 +39,7 @@ def ndarray(values: Any) -> Any:
         "reads": [],
         "min": read("min"),
         "max": read("max"),
+        "__getitem__": get,
         **{name: getattr(array, name) for name in ("shape", "dtype", "size", "strides", "ndim")},
     }
     return type("ndarray", (), attributes)()

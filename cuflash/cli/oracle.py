@@ -16,6 +16,7 @@ from cuflash._problem import Gradients
 from cuflash.cli.cases import Arrays
 
 FLOAT32_RESIDUE = 2e-5  # of sums of products of standard normal numbers, in absolute terms
+WALKS = 4  # what few sums stay below, in standard deviations
 LSE_TOLERANCE = 1e-5  # lse is float32 throughout; relative where it is over 1
 
 VISIBILITY = ("causal", "offset", "window", "q_lens", "kv_lens", "mask")
@@ -51,17 +52,26 @@ def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
         "out": _bound(out, textbook_out, q.dtype),
         "lse": Bound(lse, 0.0, LSE_TOLERANCE * largest_lse),
     }
-    inputs = {"dq": q, "dk": k, "dv": v}
-    inputs |= {"dbias": options.get("bias"), "dsinks": options.get("sinks")}
-    for name, x in inputs.items():
-        if x is not None:
-            exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
-            bounds[name] = _bound(exact, rounded, x.dtype)
+    for name, x in {"dq": q, "dk": k, "dv": v}.items():
+        exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
+        bounds[name] = _bound(exact, rounded, x.dtype)
+    summed = {name: options.get(name) for name in ("bias", "sinks")}
+    if any(x is not None for x in summed.values()):
+        doubles = Arrays(*(None if x is None else x.astype(np.float64) for x in arrays))
+        _, terms = textbook(doubles, options)
+        for name, x in summed.items():
+            if x is not None:
+                name = f"d{name}"
+                errors = getattr(textbook_gradients, name) - getattr(terms, name)
+                bounds[name] = _bound_of_sums(getattr(gradients, name), errors, x.dtype)
     return bounds
 
 
 def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradients]:
-    """The reference's formulas, each matrix between two products rounded to the inputs' dtype."""
+    """The reference's formulas, each matrix between two products rounded to the inputs' dtype.
+
+    dbias and dsinks are their terms: of each score and, (B, 1, Sq, Hq), of each row.
+    """
 
     def rounded(x: np.ndarray) -> np.ndarray:
         return x.astype(dtype).astype(np.float64)
@@ -97,7 +107,7 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
         dv=rounded(reference._sum_groups((kept * probs).swapaxes(2, 3) @ dout, group)).swapaxes(
             1, 2
         ),
-        dbias=None if bias is None else reference._sum_to_shape(rounded(dscores), bias.shape),
+        dbias=None if bias is None else rounded(dscores),
         dsinks=None if sinks is None else reference._dsinks(sink_scores, lse, means),
     )
     return out.swapaxes(1, 2), gradients
@@ -107,3 +117,11 @@ def _bound(exact: np.ndarray, textbook: np.ndarray, dtype: np.dtype) -> Bound:
     roundoff = float(ml_dtypes.finfo(dtype).eps) / 2
     worst = np.abs(textbook - exact).max(initial=0.0)
     return Bound(exact, roundoff, 2 * float(worst) + FLOAT32_RESIDUE)
+
+
+def _bound_of_sums(exact: np.ndarray, errors: np.ndarray, dtype: np.dtype) -> Bound:
+    """Of few sums of many terms one may be right by luck: what counts is the terms' random walk."""
+    roundoff = float(ml_dtypes.finfo(dtype).eps) / 2
+    walks = np.sqrt(reference._sum_to_shape(errors**2, exact.shape))
+    steps = WALKS if errors.size > exact.size else 2
+    return Bound(exact, roundoff, steps * float(walks.max(initial=0.0)) + FLOAT32_RESIDUE)
