@@ -77,6 +77,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that small problems have many of them."""
     monkeypatch.setattr(_work, "TILE", (16, 32))
     monkeypatch.setattr(_work, "TILE_OF_BAND", (16, 32))
+    monkeypatch.setattr(_work, "MASK_BLOCK", (16, 16))
 
 
 def run(backend: backends.Backend, case: Case, options: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -137,6 +138,18 @@ def test_each_term_with_each_option(
 ) -> None:
     case = replace(SMALL, **companion)
     check_float64(case, terms(case, name))
+
+
+@pytest.mark.parametrize("batch_and_heads", [(2, 4), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", TERMS)
+def test_each_term_with_a_mask(
+    small_tiles: None, name: str, batch_and_heads: tuple[int, int]
+) -> None:
+    mask = np.random.default_rng(5).random((*batch_and_heads, ROWS, KEYS)) < 0.6
+    mask[..., 16:32, :] = False  # rows that see nothing
+    mask[..., 32:64] = False  # whole blocks, behind which keys are seen
+    case = replace(SMALL, window=(50, None))
+    check_float64(case, {**terms(case, name), "mask": mask})
 
 
 @pytest.mark.parametrize("names", [*PAIRS, TERMS[1:]], ids="+".join)
