@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import backends
 import numpy as np
 import pytest
+
+from cuflash import interop
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -39,6 +42,14 @@ def backend(request: pytest.FixtureRequest) -> backends.Backend:
         "emulated-90": lambda: emulated(capability=90),
     }
     return make[request.param]()
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's part of a call on arrays of CuPy."""
+    pytest.importorskip("cupy")
+    monkeypatch.setattr(interop, "_driver_fault", lambda ordinal: "")
+    monkeypatch.setattr(interop, "_cuda_device", lambda place: nullcontext())
 
 
 def emulated(**options: object) -> backends.EmulatedBackend:

@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from unreal_gpu import HK, SHAPES, SK, SQ, B, Maker
+from unreal_gpu import HK, SHAPES, SK, SQ, B, Maker, readable
 
 import cuflash
 from cuflash import _mask_tree as tree
-from cuflash import interop
 from cuflash._checks import MAX_OFFSET, Check
-
-
-def ndarray(values: Any) -> Any:
-    """A CuPy array whose values can be read, as those on a GPU after a wait."""
-    array = np.asarray(values)
-
-    def read(name: str) -> Any:
-        def method(self: Any) -> Any:
-            self.reads.append(name)
-            return getattr(array, name)()
-
-        return method
-
-    def get(self: Any, index: Any) -> Any:
-        self.reads.append(index)
-        return array[index]
-
-    attributes = {
-        "__module__": "cupy",
-        "__dlpack__": None,
-        "data": SimpleNamespace(device_id=0, ptr=0),
-        "reads": [],
-        "min": read("min"),
-        "max": read("max"),
-        "__getitem__": get,
-        **{name: getattr(array, name) for name in ("shape", "dtype", "size", "strides", "ndim")},
-    }
-    return type("ndarray", (), attributes)()
 
 
 def refused(message: str):
     return pytest.raises(ValueError, match=f"^cuflash.validate: {re.escape(message)}$")
-
-
-@pytest.fixture
-def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's part of a call on arrays of CuPy."""
-    pytest.importorskip("cupy")
-    monkeypatch.setattr(interop, "_driver_fault", lambda ordinal: "")
-    monkeypatch.setattr(interop, "_cuda_device", lambda place: nullcontext())
 
 
 OUT_OF_RANGE = [
@@ -78,14 +39,14 @@ def test_values_on_a_gpu(no_gpu_needed: None, name: str, values: list[int], mess
     make = Maker("cuda")
     tensors = {n: make(shape) for n, shape in SHAPES.items()}
     with refused(message):
-        cuflash.validate(**tensors, **{name: ndarray(values)})
-    fine = ndarray([0, 1])
+        cuflash.validate(**tensors, **{name: readable(values)})
+    fine = readable([0, 1])
     assert cuflash.validate(**tensors, **{name: fine}) is None
     assert fine.reads == ["min", "max"]
 
 
 def test_attention_reads_nothing_on_a_gpu(no_gpu_needed: None) -> None:
-    lengths = ndarray([0, 99])
+    lengths = readable([0, 99])
     assert Maker("cuda").problem(kv_lens=lengths).kv_lens is lengths
     assert lengths.reads == []
 
@@ -111,14 +72,14 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("place", [np.asarray, ndarray], ids=["host", "device"])
+@pytest.mark.parametrize("place", [np.asarray, readable], ids=["host", "device"])
 @pytest.mark.parametrize(("make", "message"), MASKS.values(), ids=MASKS)
 def test_values_of_masks(place: Any, make: Any, message: str) -> None:
     check = Check("validate", "cuda", reads_device=True)
     shape = tree.ScoresShape(B, 2 * HK, HK, SQ, SK)
     with refused(message):
         make(place).check(check, shape)
-    if place is ndarray:
+    if place is readable:
         make(place).check(check._replace(reads_device=False), shape)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 from test_interop import jax_kind, numpy_kind, torch_kind
-from test_validate import ndarray, no_gpu_needed  # noqa: F401
-from unreal_gpu import Maker
+from unreal_gpu import Maker, readable
 
 import cuflash
 from cuflash import ScoreMod, _cpu_packed, _work, cpu, reference
@@ -420,17 +419,17 @@ def test_validate_takes_sequences_or_lengths() -> None:
 
 @pytest.mark.parametrize(("values", "error", "message"), BAD_SEQLENS[:4])
 def test_validate_reads_what_lies_on_a_gpu(
-    no_gpu_needed: None,  # noqa: F811
+    no_gpu_needed: None,
     values: Any,
     error: type[Exception],
     message: str,
 ) -> None:
     make = Maker("cuda")
     q, k, v = make((80, HQ, D)), make((80, HK, D)), make((80, HK, DV))
-    fine = ndarray([0, 40, 80])
+    fine = readable([0, 40, 80])
     assert cuflash.validate(q, k, v, fine, fine) is None
     with bad(error, f"cu_seqlens_k {message}", "validate"):
-        cuflash.validate(q, k, v, fine, ndarray(values))
-    unread = ndarray(values)
+        cuflash.validate(q, k, v, fine, readable(values))
+    unread = readable(values)
     PackedProblem.create("attention_varlen", "cuda", q, k, v, unread, unread)
     assert unread.reads == []

@@ -6,6 +6,7 @@ The CuPy arrays made here have shapes, strides and addresses; their elements nob
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,34 @@ def array(
     nbytes = max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize)
     memory = cupy.cuda.UnownedMemory(FIRST_ADDRESS + address, nbytes, None, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+def readable(values: Any) -> Any:
+    """A CuPy array whose values can be read, as those on a GPU after a wait."""
+    array = np.asarray(values)
+
+    def read(name: str) -> Any:
+        def method(self: Any) -> Any:
+            self.reads.append(name)
+            return getattr(array, name)()
+
+        return method
+
+    def get(self: Any, index: Any) -> Any:
+        self.reads.append(index)
+        return array[index]
+
+    attributes = {
+        "__module__": "cupy",
+        "__dlpack__": None,
+        "data": SimpleNamespace(device_id=0, ptr=0),
+        "reads": [],
+        "min": read("min"),
+        "max": read("max"),
+        "__getitem__": get,
+        **{name: getattr(array, name) for name in ("shape", "dtype", "size", "strides", "ndim")},
+    }
+    return type("ndarray", (), attributes)()
 
 
 class Maker:
