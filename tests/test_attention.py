@@ -238,7 +238,7 @@ def run(
     arrays: Any = None,
     dlse: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """out, lse, dq, dk and dv by name."""
+    """out, lse and every gradient by name."""
     q, k, v, dout, _ = arrays or case.arrays()
     q, k, v, dout = (case.place(x, np) for x in (q, k, v, dout))
     out, lse = backend.forward(q, k, v, **case.options)
@@ -247,7 +247,8 @@ def run(
     grads = backend.backward(
         dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **case.options
     )
-    return {"out": out, "lse": lse, "dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+    results = {"out": out, "lse": lse, **grads._asdict()}
+    return {name: x for name, x in results.items() if x is not None}
 
 
 def bits(array: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from cuflash import _jit, _plan, reference
 from cuflash.__main__ import main
 from cuflash._checks import BFLOAT16, FLOAT64
 from cuflash._plan import Kernel
-from cuflash.cli import bench, check, compile, contenders, oracle, timing
+from cuflash.cli import bench, check, compile, contenders, extras, oracle, timing
 from cuflash.cli.cases import Case, spread
 from cuflash.cli.cells import Cell
 
@@ -279,11 +279,36 @@ def test_check_goes_on_after_an_exception(check_on_cpu, monkeypatch, capsys):
 def test_the_spread_is_wide():
     cases = list(spread())
     assert len(cases) == len(set(map(str, cases))) >= 60
-    assert 8 <= len(list(spread(quick=True))) <= 16
+    assert 8 <= len(list(spread(quick=True))) <= 20
     for option in ("causal", "offset", "window", "scale", "softcap", "q_lens", "kv_lens"):
         assert any(option in case.options for case in cases), option
     assert {case.layout for case in cases} == {"BSHD", "BHSD", "unaligned"}
     assert {case.dtype.name for case in cases} == {"bfloat16", "float16"}
+    named = {name for case in cases for name in case.extras}
+    assert named == {*extras.MASKS, *extras.TERMS}
+    assert any(len(case.extras) > 1 for case in cases)
+
+
+@pytest.mark.parametrize("name", [*extras.MASKS, *extras.TERMS])
+def test_check_passes_every_mask_and_term(name):
+    case = Case(seqlen_q=50, seqlen_k=70, heads_q=4, head_dim=8, extras=(name,))
+    faults, figures = check.check(case, np)
+    assert not faults and "dv " in figures
+    gradients = {"bias": "dbias", "sinks": "dsinks"}
+    expected = gradients.get(name.partition("-")[0])
+    assert not expected or f" {expected} " in figures
+
+
+@pytest.mark.parametrize("name", [*extras.MASKS, *extras.TERMS])
+def test_check_hands_over_arrays_of_the_device(name):
+    class OnDevice(np.ndarray):
+        pass
+
+    xp = types.SimpleNamespace(asarray=lambda x: x.view(OnDevice))
+    for value in Case(extras=(name,)).options.values():
+        moved = check._on_device(value, xp)
+        arrays = moved.arrays().values() if hasattr(moved, "arrays") else [moved]
+        assert all(isinstance(x, (OnDevice, float, int)) for x in arrays)
 
 
 @pytest.mark.parametrize("layout", ["BSHD", "BHSD", "unaligned"])

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuflash._checks import BFLOAT16, FLOAT16
+from cuflash.cli import extras
 
 HEAD_DIMS = (1, 8, 31, 32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256)
 HEAD_DIM_PAIRS = ((64, 128), (192, 128), (32, 256), (256, 32), (17, 90))
@@ -46,6 +47,7 @@ class Case:
     softcap: float | None = None
     q_lens: tuple[int, ...] | None = None
     kv_lens: tuple[int, ...] | None = None
+    extras: tuple[str, ...] = ()  # names of extras.MASKS and extras.TERMS
     deterministic: bool = True
 
     def __str__(self) -> str:
@@ -54,18 +56,20 @@ class Case:
             f"{self.dtype} B{self.batch} S{self.seqlen_q}x{self.seqlen_k} "
             f"H{self.heads_q}/{self.heads_k} D{self.head_dim}/{head_dim_v}"
         )
-        extras = [self.layout] if self.layout != "BSHD" else []
-        extras += [f"{name}={value}" for name, value in self._given().items()]
-        extras += [] if self.deterministic else ["nondeterministic"]
-        return " ".join([sizes, *extras]).replace(", ", ",")
+        others = [self.layout] if self.layout != "BSHD" else []
+        others += [f"{name}={value}" for name, value in self._given().items()]
+        others += self.extras
+        others += [] if self.deterministic else ["nondeterministic"]
+        return " ".join([sizes, *others]).replace(", ", ",")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords for `attention` and the reference; what is per batch entry is a NumPy array."""
-        return {
+        """Keywords for `attention` and the reference; their arrays are NumPy's."""
+        given = {
             name: np.array(value) if isinstance(value, tuple) and name != "window" else value
             for name, value in self._given().items()
         }
+        return {**given, **extras.options(self)}
 
     def arrays(self, seed: int = 0) -> Arrays:
         """Standard normal numbers."""
@@ -108,7 +112,7 @@ class Case:
 
 def spread(quick: bool = False) -> Iterator[Case]:
     """Every option and many sizes, each alone and some together; `quick` is a sixth of them."""
-    cases = [*_sizes(), *_visibility(), *_the_rest()]
+    cases = [*_sizes(), *_visibility(), *_masks(), *_terms(), *_the_rest()]
     yield from cases[::6] if quick else cases
 
 
@@ -138,6 +142,31 @@ def _visibility() -> Iterator[Case]:
     yield replace(long, q_lens=(300, 77), kv_lens=(0, 129))
     yield replace(long, q_lens=(0, 1), kv_lens=(517, 516), causal=True)
     yield replace(long, kv_lens=(64, 65), window=(20, 3), dtype=FLOAT16)
+
+
+def _masks() -> Iterator[Case]:
+    long = Case(seqlen_q=300, seqlen_k=517, heads_q=4)
+    for index, name in enumerate(extras.MASKS):
+        dtype, head_dim = ((BFLOAT16, 64), (FLOAT16, 128))[index % 2]
+        yield replace(long, dtype=dtype, head_dim=head_dim, extras=(name,))
+    yield replace(long, extras=("documents",), causal=True, head_dim=192, head_dim_v=128)
+    yield replace(long, extras=("documents", "prefix-lm"), kv_lens=(0, 400))
+    yield replace(long, extras=("blocks", "window"), layout="BHSD", head_dim=256)
+    yield replace(long, extras=("intervals", "dense"), heads_q=2, causal=True, softcap=5.0)
+    yield replace(long, extras=("expression",), seqlen_q=1, kv_lens=(517, 20))
+    yield replace(long, extras=("dense",), deterministic=False)
+
+
+def _terms() -> Iterator[Case]:
+    long = Case(seqlen_q=300, seqlen_k=517, heads_q=4)
+    for index, name in enumerate(extras.TERMS):
+        dtype, head_dim = ((FLOAT16, 64), (BFLOAT16, 128))[index % 2]
+        yield replace(long, dtype=dtype, head_dim=head_dim, extras=(name,), causal=index % 3 > 0)
+    yield replace(long, extras=("bias", "documents"), head_dim=96, head_dim_v=32)
+    yield replace(long, extras=("bias-of-keys", "score_mod"), softcap=3.0)
+    yield replace(long, extras=("sinks", "hidden-rows", "dropout"), q_lens=(300, 77))
+    yield replace(long, extras=("alibi", "blocks", "dropout"), causal=True)
+    yield replace(long, extras=("alibi", "bias", "sinks", "dropout", "score_mod"))
 
 
 def _the_rest() -> Iterator[Case]:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 import cuflash
+from cuflash import ScoreMod
 from cuflash.cli.cases import Arrays, Case, spread
 from cuflash.cli.gpus import require_gpu
 from cuflash.cli.oracle import expect
 from cuflash.cli.progress import progress, say
+from cuflash.masks import Mask
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -85,13 +87,19 @@ def _run(case: Case, xp: Any, arrays: Arrays) -> dict[str, np.ndarray]:
     """Forward and backward on xp's device; the results as NumPy arrays."""
     q, k, v, dout = (case.place(array, xp) for array in arrays[:4])
     dlse = xp.asarray(arrays[4])
-    options = {
-        name: xp.asarray(value) if isinstance(value, np.ndarray) else value
-        for name, value in case.options.items()
-    }
+    options = {name: _on_device(value, xp) for name, value in case.options.items()}
     out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
     gradients = cuflash.attention_backward(
         dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **options
     )
-    results = {"out": out, "lse": lse, "dq": gradients.dq, "dk": gradients.dk, "dv": gradients.dv}
-    return {n: x if xp is np else xp.asnumpy(x) for n, x in results.items()}
+    results = {"out": out, "lse": lse, **gradients._asdict()}
+    return {n: x if xp is np else xp.asnumpy(x) for n, x in results.items() if x is not None}
+
+
+def _on_device(value: Any, xp: Any) -> Any:
+    """An option with its arrays, or those within it, on xp's device."""
+    if isinstance(value, np.ndarray):
+        return xp.asarray(value)
+    if isinstance(value, (Mask, ScoreMod)):
+        return value.with_arrays({name: xp.asarray(x) for name, x in value.arrays().items()})
+    return value
