@@ -9,7 +9,7 @@ import numpy as np
 
 from cuflash import _params, _plan, _program
 from cuflash._mask_tree import Compiled, Dense, Mask
-from cuflash._params import Masking, TileLists
+from cuflash._params import Tables, TileLists
 from cuflash._problem import Array, Problem
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 WORD_KEYS = 32
 
 
-def masking(
+def tables(
     problem: Problem, traits: _plan.Traits, tiling: _plan.Tiling, on: Gpu, of_keys: bool
-) -> Masking:
+) -> Tables:
     """What a kernel of this tiling is handed over of the problem's mask and score function.
 
     `of_keys`: lists of the query tiles that each key tile visits, as a backward pass walks.
@@ -36,7 +36,7 @@ def masking(
     return found._replace(lists=lists, owners=(*found.owners, entries))
 
 
-def attachments(problem: Problem, on: Gpu) -> Masking:
+def attachments(problem: Problem, on: Gpu) -> Tables:
     """What the call's own source reads, without lists."""
     packed, owners = b"", ()
     if problem.mask is not None:
@@ -45,12 +45,12 @@ def attachments(problem: Problem, on: Gpu) -> Masking:
         owners = tuple(one.words for one in bits.values())
     if problem.score_mod is not None:
         packed += _program.score_mod_attachments(problem.score_mod)
-    return Masking(attachments=packed, owners=owners)
+    return Tables(attachments=packed, owners=owners)
 
 
 def sights(
     problem: Problem,
-    found: Masking,
+    found: Tables,
     traits: _plan.Traits,
     tiling: _plan.Tiling,
     on: Gpu,
@@ -73,7 +73,7 @@ def sights(
 
 def _tile_lists(
     problem: Problem,
-    found: Masking,
+    found: Tables,
     traits: _plan.Traits,
     tiling: _plan.Tiling,
     on: Gpu,

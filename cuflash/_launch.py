@@ -13,7 +13,8 @@ import numpy as np
 from cupy.cuda import driver, runtime
 
 from cuflash import _classify, _jit, _params, _plan
-from cuflash._problem import Array, GradientProblem, Gradients, Problem
+from cuflash._packed_tiles import packing_tables
+from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
 from cuflash._term_gradients import RowStats, bias_gradient, sink_gradient
 
 # cuda.h: CUtensorMap's alignment and, of its enumerations, ..._UINT16, ..._INTERLEAVE_NONE,
@@ -90,15 +91,16 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
     if not lse.size:
         return out, lse
     problem = _with_device_arrays(problem, on)
+    if problem.packing is not None:  # tokens of no sequence
+        out[...] = 0
+        lse[...] = -np.inf
 
     choice = _forward_choice(problem, out, on.device)
     plan, heads_per_section = choice.plan, choice.heads_per_section
-    masking = _params.NO_MASKING
-    if choice.traits.extras.program.source:
-        masking = _classify.masking(problem, choice.traits, plan.tiling, on, of_keys=False)
+    tables = _tables(problem, choice.traits, plan.tiling, on, of_keys=False)
     if plan.backend == "sm80":
-        params = _params.pack_forward(problem, out, lse, heads_per_section, masking)
-        on.run(plan.kernel, _query_tiles(problem, plan.tiling.block_q), params)
+        params = _params.pack_forward(problem, out, lse, heads_per_section, tables)
+        _run(on, plan.kernel, _query_tiles(problem, plan.tiling), params)
         return out, lse
     params = _params.pack_forward_sm90(
         problem,
@@ -108,12 +110,12 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
         choice.panels,
         plan.tiling.block_kv,
         on.encode,
-        masking,
+        tables,
     )
-    blocks = problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.tiling.block_q)
-    if problem.mask is None:
+    blocks = _query_tiles(problem, plan.tiling)
+    if problem.mask is None and problem.packing is None:
         blocks = min(blocks, on.device.sms)  # else tiles differ: the hardware spreads them evenly
-    on.run(plan.kernel, blocks, params)
+    _run(on, plan.kernel, blocks, params)
     return out, lse
 
 
@@ -124,12 +126,6 @@ def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]
     arrays |= {"dk": grads[1], "dv": grads[2]}
     alignment = _params.alignment(*arrays.values(), gradient.out, grads[0])
     return _plan.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
-
-
-def _backward_query_tiles(problem: Problem, plan: _plan.BackwardPlan) -> int:
-    if plan.backend == "sm80":
-        return _query_tiles(problem, plan.tiling.block_q)
-    return problem.batch * problem.heads_q * -(-problem.seqlen_q // plan.tiling.block_q)
 
 
 class _Choice(NamedTuple):
@@ -195,17 +191,16 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     if not q.size or (not k.size and problem.sinks is None):
         inputs = (q, k, v, problem.bias, problem.sinks)
         return Gradients(*(None if x is None else on.zeros(x.shape, x.dtype) for x in inputs))
-    grads = tuple(on.empty(x.shape, x.dtype) for x in (q, k, v))
+    allocate = on.empty if problem.packing is None else on.zeros  # tokens of no sequence
+    grads = tuple(allocate(x.shape, x.dtype) for x in (q, k, v))
     sinks_dtype = None if problem.sinks is None else problem.sinks.dtype
     problem = _with_device_arrays(problem, on)
     gradient = _with_contiguous_stats(gradient, problem, on)
 
     traits = backward_traits(gradient, grads)
     plan = _plan.backward_plan(traits, on.device.capability, gradient.deterministic)
-    masking = _params.NO_MASKING
-    if traits.extras.program.source:
-        masking = _classify.masking(problem, traits, plan.tiling, on, of_keys=True)
-    query_tiles = _backward_query_tiles(problem, plan)
+    tables = _tables(problem, traits, plan.tiling, on, of_keys=True)
+    query_tiles = _query_tiles(problem, plan.tiling)
     rows = query_tiles * plan.tiling.block_q
     workspace = (
         on.empty((rows,), np.float32),
@@ -213,25 +208,24 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
         on.empty((rows * plan.head_dim,), np.float32),
         on.empty((1 + query_tiles,), np.uint32),
     )
-    params = main_params = _params.pack_backward(gradient, grads, workspace, masking)
+    params = main_params = _params.pack_backward(gradient, grads, workspace, tables)
     if plan.backend == "sm90":
         tile = (plan.tiling.block_q, plan.tiling.block_kv)
         main_params = _params.pack_backward_sm90(
             gradient, grads, params, tile, plan.panels, on.encode
         )
-    key_tiles = problem.batch * problem.heads_k * -(-problem.seqlen_k // plan.tiling.block_kv)
-    on.run(plan.prep, query_tiles, params)
-    if key_tiles:
-        on.run(plan.main, key_tiles, main_params)
-    on.run(plan.post, query_tiles, params)
+    key_tiles = _key_tiles(problem, plan.tiling)
+    _run(on, plan.prep, query_tiles, params)
+    _run(on, plan.main, key_tiles, main_params)
+    _run(on, plan.post, query_tiles, params)
     group = problem.group if plan.tiling.pack_group else 1
-    rows_per_head = rows // max(1, problem.batch * problem.heads_q // group)
-    stats = RowStats(*workspace[:2], rows_per_head, group)
+    heads = problem.heads_q // group * (problem.batch if problem.packing is None else 1)
+    stats = RowStats(*workspace[:2], rows // heads, plan.tiling.block_q, group)
     dbias = dsinks = None
     if problem.bias is not None:
-        dbias = bias_gradient(gradient, traits, stats, on)
+        dbias = bias_gradient(gradient, traits, stats, tables, on)
     if problem.sinks is not None:
-        dsinks = sink_gradient(gradient, traits, stats, sinks_dtype, on)
+        dsinks = sink_gradient(problem, traits, stats, tables, sinks_dtype, on)
     return Gradients(*grads, dbias, dsinks)
 
 
@@ -266,9 +260,38 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
-def _query_tiles(problem: Problem, block_q: int) -> int:
-    rows = problem.seqlen_q * problem.group
-    return problem.batch * problem.heads_k * -(-rows // block_q)
+def _run(on: Gpu, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+    if blocks:
+        on.run(kernel, blocks, params)
+
+
+def _tables(
+    problem: Problem, traits: _plan.Traits, tiling: _plan.Tiling, on: Gpu, of_keys: bool
+) -> _params.Tables:
+    """What a launch reads that is computed on the device; `of_keys`: for a backward pass."""
+    tables = _params.NO_TABLES
+    if traits.extras.program.source:
+        tables = _classify.tables(problem, traits, tiling, on, of_keys)
+    if problem.packing is not None:
+        packing, owners = packing_tables(problem, tiling, on, of_keys)
+        tables = tables._replace(packing=packing, owners=(*tables.owners, *owners))
+    return tables
+
+
+def _query_tiles(problem: Problem, tiling: _plan.Tiling) -> int:
+    """Of all heads of Rows; of packed sequences, at most."""
+    group = problem.group if tiling.pack_group else 1
+    heads, rows = problem.heads_q // group, problem.seqlen_q * group
+    if problem.packing is not None:
+        return heads * (rows // tiling.block_q + problem.sequences)
+    return problem.batch * heads * -(-rows // tiling.block_q)
+
+
+def _key_tiles(problem: Problem, tiling: _plan.Tiling) -> int:
+    """Likewise, of all heads of k."""
+    if problem.packing is not None:
+        return problem.heads_k * (problem.seqlen_k // tiling.block_kv + problem.sequences)
+    return problem.batch * problem.heads_k * -(-problem.seqlen_k // tiling.block_kv)
 
 
 def _with_device_arrays(problem: Problem, on: Gpu) -> Problem:
@@ -276,6 +299,9 @@ def _with_device_arrays(problem: Problem, on: Gpu) -> Problem:
     integers = {name: getattr(problem, name) for name in ("q_lens", "kv_lens", "offset")}
     floats = {name: getattr(problem, name) for name in ("alibi_slopes", "sinks")}
     changes = {n: on.as_contiguous(x, _INT64) for n, x in integers.items() if _is_array(x)}
+    if problem.packing is not None:
+        edges = (on.as_contiguous(x, _INT64) for x in problem.packing)
+        changes["packing"] = Packing(*edges)
     changes |= {n: on.as_contiguous(x, _FLOAT32) for n, x in floats.items() if _is_array(x)}
     if problem.mask is not None:
         changes["mask"] = problem.mask.map_integers(lambda x: on.as_contiguous(x, _INT64))

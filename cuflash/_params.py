@@ -12,13 +12,14 @@ from cuflash._overlap import address
 from cuflash._problem import Array, GradientProblem, Problem
 
 _TENSOR = "Q3q"
-_PROBLEM = Struct("3Q3q6iIi2i4f" + "QqQ" + "Q4q" + "QIf" + "Q3q")  # and the attachments
+_PROBLEM = Struct("3Q3q6iIi2i4f" + "QqQ" + "Q4q" + "QIf" + "Q3q" + "5Q2i")  # and the attachments
 _FORWARD = Struct(4 * _TENSOR + "Q2i")
 _BACKWARD = Struct(8 * _TENSOR + "6Q")
 _MASK_TILES = Struct("Q4i")
 _MASK_LISTS = Struct("3Q3q4i")
 _MASK_BITS = Struct("Q4qQ4i")
-_ROW_STATS = "2Q2q"
+_PACKED_TILES = Struct("4Q6i")
+_ROW_STATS = "2Qq2i"
 _BIAS_GRADIENT = Struct(4 * _TENSOR + _ROW_STATS + "Q2qQ" + "6i")
 _BIAS_SUM = Struct("2Q2q")
 _SINK_GRADIENT = Struct(_ROW_STATS + "Q")
@@ -29,6 +30,7 @@ BACKWARD_BYTES = PROBLEM_BYTES + _BACKWARD.size
 MASK_TILES_BYTES = PROBLEM_BYTES + _MASK_TILES.size
 MASK_LISTS_BYTES = _MASK_LISTS.size
 MASK_BITS_BYTES = _MASK_BITS.size
+PACKED_TILES_BYTES = _PACKED_TILES.size
 BIAS_GRADIENT_BYTES = PROBLEM_BYTES + _BIAS_GRADIENT.size
 BIAS_SUM_BYTES = _BIAS_SUM.size
 SINK_GRADIENT_BYTES = PROBLEM_BYTES + _SINK_GRADIENT.size
@@ -68,15 +70,28 @@ class TileLists(NamedTuple):
     pitch: int
 
 
-class Masking(NamedTuple):
+class PackingTables(NamedTuple):
+    """Of packed_tiles.cu."""
+
+    query_edges: int = 0
+    key_edges: int = 0
+    first_query_tile: int = 0
+    query_tiles: int = 0
+    key_tiles: int = 0
+    query_tile_count: int = 0
+    key_tile_count: int = 0
+
+
+class Tables(NamedTuple):
     """What a launch hands over of a mask's tree and a score function."""
 
     lists: TileLists = TileLists(0, 0, 0, 0)
+    packing: PackingTables = PackingTables()
     attachments: bytes = b""
     owners: tuple[Array, ...] = ()  # arrays that must live until the launch
 
 
-NO_MASKING = Masking()
+NO_TABLES = Tables()
 
 
 def pack_forward(
@@ -84,10 +99,10 @@ def pack_forward(
     out: Array,
     lse: Array,
     heads_per_section: int,
-    masking: Masking = NO_MASKING,
+    tables: Tables = NO_TABLES,
 ) -> bytes:
     """ForwardParams."""
-    return _problem(problem, masking) + _FORWARD.pack(
+    return _problem(problem, tables) + _FORWARD.pack(
         *_tensor(problem.q),
         *_tensor(problem.k),
         *_tensor(problem.v),
@@ -106,16 +121,16 @@ def pack_forward_sm90(
     panels: tuple[int, int],
     block_kv: int,
     encode: Encoder,
-    masking: Masking = NO_MASKING,
+    tables: Tables = NO_TABLES,
 ) -> bytes:
     """ForwardParamsSm90; `panels`: columns of a panel of q and k, of v and out."""
     maps = (
         row_map(problem.q, _WARPGROUP_ROWS, panels[0]),
         row_map(problem.k, block_kv, panels[0]),
         row_map(problem.v, block_kv, panels[1]),
-        store_map(out, _WARPGROUP_ROWS, panels[1]),
+        _output_map(problem, out, panels[1]),
     )
-    call = pack_forward(problem, out, lse, heads_per_section, masking)
+    call = pack_forward(problem, out, lse, heads_per_section, tables)
     return _with_maps(maps, call, encode)
 
 
@@ -123,12 +138,12 @@ def pack_backward(
     gradient: GradientProblem,
     grads: tuple[Array, Array, Array],
     workspace: tuple[Array, Array, Array, Array],
-    masking: Masking = NO_MASKING,
+    tables: Tables = NO_TABLES,
 ) -> bytes:
     """BackwardParams; `workspace` is lse_log2, delta, dq_acc and turns."""
     problem = gradient.forward
     tensors = (problem.q, problem.k, problem.v, gradient.out, gradient.dout, *grads)
-    return _problem(problem, masking) + _BACKWARD.pack(
+    return _problem(problem, tables) + _BACKWARD.pack(
         *(field for tensor in tensors for field in _tensor(tensor)),
         address(gradient.lse),
         0 if gradient.dlse is None else address(gradient.dlse),
@@ -136,10 +151,10 @@ def pack_backward(
     )
 
 
-def pack_mask_tiles(problem: Problem, masking: Masking, sights: Array, masks_of_rows: int) -> bytes:
+def pack_mask_tiles(problem: Problem, tables: Tables, sights: Array, masks_of_rows: int) -> bytes:
     """MaskTilesParams of mask_tiles.cu; sights: (batches, heads, query tiles, key tiles)."""
     fields = (address(sights), *sights.shape[:2], masks_of_rows, 0)
-    return _problem(problem, masking) + _MASK_TILES.pack(*fields)
+    return _problem(problem, tables) + _MASK_TILES.pack(*fields)
 
 
 def pack_mask_lists(sights: Array, entries: Array, turns: Array | None, of_keys: bool) -> bytes:
@@ -165,10 +180,19 @@ def pack_mask_bits(booleans: Array, words: Array) -> bytes:
     return _MASK_BITS.pack(address(booleans), *booleans.strides, address(words), *booleans.shape)
 
 
+def pack_packed_tiles(
+    cu: Array, edges: Array, first_tile: Array, tiles: Array, tokens: int, group: int, block: int
+) -> bytes:
+    """PackedTilesParams of packed_tiles.cu."""
+    arrays = map(address, (cu, edges, first_tile, tiles))
+    sequences, count = cu.shape[0] - 1, tiles.shape[0]
+    return _PACKED_TILES.pack(*arrays, sequences, tokens, group, block, count, 0)
+
+
 def pack_bias_gradient(
     gradient: GradientProblem,
-    masking: Masking,
-    stats: tuple[Array, Array, int, int],
+    tables: Tables,
+    stats: tuple[Array, Array, int, int, int],
     sights: Array | None,
     sums: Array,
     extent: tuple[int, ...],
@@ -186,7 +210,7 @@ def pack_bias_gradient(
             0 if batches == 1 else heads * matrix,
             0 if heads == 1 else matrix,
         )
-    return _problem(problem, masking) + _BIAS_GRADIENT.pack(
+    return _problem(problem, tables) + _BIAS_GRADIENT.pack(
         *(field for tensor in tensors for field in _tensor(tensor)),
         *_row_stats(stats),
         *sights_fields,
@@ -203,17 +227,17 @@ def pack_bias_sum(sums: Array, dbias: Array, splits: int) -> bytes:
 
 
 def pack_sink_gradient(
-    problem: Problem, masking: Masking, stats: tuple[Array, Array, int, int], dsinks: Array
+    problem: Problem, tables: Tables, stats: tuple[Array, Array, int, int, int], dsinks: Array
 ) -> bytes:
     """SinkGradientParams of flash_bwd_sinks.cu."""
     fields = (*_row_stats(stats), address(dsinks))
-    return _problem(problem, masking) + _SINK_GRADIENT.pack(*fields)
+    return _problem(problem, tables) + _SINK_GRADIENT.pack(*fields)
 
 
-def _row_stats(stats: tuple[Array, Array, int, int]) -> tuple[int, int, int, int]:
+def _row_stats(stats: tuple[Array, Array, int, int, int]) -> tuple[int, int, int, int, int]:
     """RowStats of backward.cuh."""
-    lse_log2, delta, rows_per_head, group = stats
-    return (address(lse_log2), address(delta), rows_per_head, group)
+    lse_log2, delta, *counts = stats
+    return (address(lse_log2), address(delta), *counts)
 
 
 def layout(problem: Problem, out: Array, extras: Any) -> tuple[Any, ...]:
@@ -254,8 +278,8 @@ def pack_backward_sm90(
         row_map(problem.k, block_kv, panels[1]),
         row_map(problem.v, block_kv, panels[2]),
         row_map(gradient.dout, block_q, panels[2]),
-        store_map(grads[1], _WARPGROUP_ROWS, panels[0]),
-        store_map(grads[2], _WARPGROUP_ROWS, panels[2]),
+        _output_map(problem, grads[1], panels[0]),
+        _output_map(problem, grads[2], panels[2]),
     )
     return _with_maps(maps, call, encode)
 
@@ -274,6 +298,11 @@ def tma_obstacle(arrays: dict[str, Array]) -> str:
         if address(array) < array.shape[1] * array.strides[1]:
             return f"{name} starts too low for a map that counts from before it"
     return ""
+
+
+def _output_map(problem: Problem, array: Array, panel: int) -> TensorMap:
+    """What a warpgroup stores: of a packed sequence no row beyond its length."""
+    return (store_map if problem.packing is None else row_map)(array, _WARPGROUP_ROWS, panel)
 
 
 def row_map(array: Array, rows: int, panel: int) -> TensorMap:
@@ -340,7 +369,7 @@ def _with_maps(maps: tuple[TensorMap, ...], call: bytes, encode: Encoder) -> byt
     return b"".join(map(encode, maps)) + call.ljust(-(-len(call) // 64) * 64, b"\0")
 
 
-def _problem(problem: Problem, masking: Masking) -> bytes:
+def _problem(problem: Problem, tables: Tables) -> bytes:
     left, right = problem.window
     scale, softcap = problem.scale, problem.softcap
     offset = problem.offset
@@ -355,7 +384,7 @@ def _problem(problem: Problem, masking: Masking) -> bytes:
         _UNBOUNDED if left is None else _bounded(left),
         _UNBOUNDED if right is None else _bounded(right),
         int(isinstance(offset, int)),
-        problem.batch,
+        problem.sequences,
         problem.seqlen_q,
         problem.seqlen_k,
         problem.heads_k,
@@ -374,9 +403,10 @@ def _problem(problem: Problem, masking: Masking) -> bytes:
         problem.seed,
         math.floor(problem.dropout * 2**32),
         1 / (1 - problem.dropout),
-        *masking.lists,
+        *tables.lists,
+        *tables.packing,
     )
-    return fields + masking.attachments
+    return fields + tables.attachments
 
 
 def _score_tensor(x: Array | None) -> tuple[int, ...]:

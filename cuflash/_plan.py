@@ -27,6 +27,7 @@ _MAX_HEAD_DIM_OF_PING_PONG = 128
 _STAGES_SM90 = 2
 _WARPGROUP_ROWS = 64
 _MASK_WARPS = 4
+_PACKED_WARPS = 8
 _BIAS_WARPS = 4
 _SINK_WARPS = 8
 _CONSUMER_WARPS_SM90 = 8  # of the backward
@@ -72,6 +73,7 @@ class Extras:
     bias_bytes: int = 0  # of an element
     sinks: bool = False
     dropout: bool = False
+    packed: bool = False
 
     @classmethod
     def of(cls, problem: Problem) -> Extras:
@@ -81,6 +83,7 @@ class Extras:
             bias_bytes=0 if problem.bias is None else problem.bias.itemsize,
             sinks=problem.sinks is not None,
             dropout=problem.dropout > 0,
+            packed=problem.packing is not None,
         )
 
     def constants(self) -> dict[str, int]:
@@ -91,6 +94,7 @@ class Extras:
             "BIAS_BYTES": self.bias_bytes,
             "SINKS": int(self.sinks),
             "DROPOUT": int(self.dropout),
+            "PACKED": int(self.packed),
         }
         return {name: value for name, value in constants.items() if value}
 
@@ -148,10 +152,10 @@ class Traits:
             "SCALE_FIRST": int(self.scale_first),
         }
 
-    def attachments(self) -> dict[str, int]:
-        """The -D constant of kernels that only have to know their parameter's size."""
-        count = self.extras.program.attachments
-        return {"ATTACHMENTS": count} if count else {}
+    def parameter_constants(self) -> dict[str, int]:
+        """The -D constants of kernels that only read their parameter."""
+        constants = self.extras.constants()
+        return {name: constants[name] for name in ("ATTACHMENTS", "PACKED") if name in constants}
 
     def params_bytes(self, without_attachments: int) -> int:
         """Of a kernel's parameter."""
@@ -271,7 +275,7 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
         if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
     )
     shared = {
-        **traits.attachments(),
+        **traits.parameter_constants(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": traits.head_dim,
         "HEAD_DIM_V": traits.head_dim_v,
@@ -312,7 +316,7 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
     few_registers = max(head_dim, head_dim_v) > 64 or traits.extras.by_pair
     block_q, block_kv = (64 if few_registers else 128), (64 if wide else 128)
     shared = {
-        **traits.attachments(),
+        **traits.parameter_constants(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
@@ -355,7 +359,7 @@ def _backward_plan_sm90(traits: Traits, deterministic: bool) -> BackwardPlan:
 def mask_tiles_kernel(traits: Traits, tiling: Tiling, capability: int, whole_rows: bool) -> Kernel:
     """Finds the visible tiles; `whole_rows`: those with rows past the end are not fully visible."""
     constants = {
-        **traits.attachments(),
+        **traits.parameter_constants(),
         "BLOCK_Q": tiling.block_q,
         "BLOCK_KV": tiling.block_kv,
         "PACK_GROUP": int(tiling.pack_group),
@@ -365,6 +369,14 @@ def mask_tiles_kernel(traits: Traits, tiling: Tiling, capability: int, whole_row
     }
     arch = _arch(capability)
     return _kernel("mask_tiles.cu", "mask_tiles", arch, constants, _MASK_WARPS, 0, traits)
+
+
+@cache
+def packed_tiles_kernel(capability: int) -> Kernel:
+    """Tells which sequence each tile is of."""
+    constants = {"WARPS": _PACKED_WARPS, "PARAMS_BYTES": _params.PACKED_TILES_BYTES}
+    name = "packed_tiles"
+    return _kernel(f"{name}.cu", name, _arch(capability), constants, _PACKED_WARPS, 0)
 
 
 @cache
@@ -426,7 +438,7 @@ def bias_gradient_plan(traits: Traits, capability: int) -> BiasGradientPlan:
 def sink_gradient_kernel(traits: Traits, capability: int) -> Kernel:
     """Sums over the rows of each head."""
     constants = {
-        **traits.attachments(),
+        **traits.parameter_constants(),
         "SINKS": 1,
         "WARPS": _SINK_WARPS,
         "SINK_PARAMS_BYTES": traits.params_bytes(_params.SINK_GRADIENT_BYTES),

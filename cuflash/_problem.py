@@ -12,6 +12,13 @@ from cuflash._mask_tree import Dense, Mask, ScoresShape
 from cuflash.score_mod import ScoreMod, check_score_mod
 
 
+class Packing(NamedTuple):
+    """Where the sequences begin and end that lie after each other in arrays of batch size 1."""
+
+    cu_seqlens_q: Array  # (sequences + 1,) integers
+    cu_seqlens_k: Array
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
     """One attention problem, checked. Letters as everywhere: B, Sq, Sk, Hq, Hk, D, Dv."""
@@ -34,6 +41,7 @@ class Problem:
     seed: int  # of dropout, in [0, 2^64)
     score_mod: ScoreMod | None
     out: Array | None  # (B, Sq, Hq, Dv): where the caller wants the result
+    packing: Packing | None = None  # on a GPU: B is 1, and its rows are many sequences
 
     @classmethod
     def create(
@@ -134,6 +142,11 @@ class Problem:
     @property
     def batch(self) -> int:
         return self.q.shape[0]
+
+    @property
+    def sequences(self) -> int:
+        """Batch entries, or what is packed into the one there is."""
+        return self.batch if self.packing is None else self.packing.cu_seqlens_q.shape[0] - 1
 
     @property
     def seqlen_q(self) -> int:

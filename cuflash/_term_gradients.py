@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cuflash import _classify, _params, _plan
-from cuflash._problem import Array, GradientProblem
+from cuflash._problem import Array, GradientProblem, Problem
 
 if TYPE_CHECKING:
     from cuflash._launch import Gpu
@@ -24,22 +24,24 @@ class RowStats(NamedTuple):
     lse_log2: Array
     delta: Array
     rows_per_head: int
+    block_q: int
     group: int
 
 
 def bias_gradient(
-    gradient: GradientProblem, traits: _plan.Traits, stats: RowStats, on: Gpu
+    gradient: GradientProblem,
+    traits: _plan.Traits,
+    stats: RowStats,
+    tables: _params.Tables,
+    on: Gpu,
 ) -> Array:
     """Of the bias's shape and dtype."""
     problem = gradient.forward
     bias = problem.bias
     plan = _plan.bias_gradient_plan(traits, on.device.capability)
-    found = _params.NO_MASKING
     sights = None
-    if traits.extras.program.source:
-        found = _classify.attachments(problem, on)
     if problem.mask is not None:
-        sights = _classify.sights(problem, found, traits, plan.tiling, on, whole_rows=False)
+        sights = _classify.sights(problem, tables, traits, plan.tiling, on, whole_rows=False)
 
     extent = (1,) * (4 - bias.ndim) + bias.shape
     axes = (
@@ -53,7 +55,7 @@ def bias_gradient(
     wanted = _BLOCKS_PER_SM * on.device.sms // tiles
     splits = max(1, min(wanted, steps, _MAX_SPLITS))
     sums = on.empty((splits, *bias.shape), np.float32)
-    params = _params.pack_bias_gradient(gradient, found, stats, sights, sums, extent, splits)
+    params = _params.pack_bias_gradient(gradient, tables, stats, sights, sums, extent, splits)
     on.run(plan.kernel, tiles * splits, params)
     dbias = on.empty(bias.shape, bias.dtype)
     on.run(plan.sum, -(-bias.size // plan.sum.threads), _params.pack_bias_sum(sums, dbias, splits))
@@ -61,12 +63,15 @@ def bias_gradient(
 
 
 def sink_gradient(
-    gradient: GradientProblem, traits: _plan.Traits, stats: RowStats, dtype: np.dtype, on: Gpu
+    problem: Problem,
+    traits: _plan.Traits,
+    stats: RowStats,
+    tables: _params.Tables,
+    dtype: np.dtype,
+    on: Gpu,
 ) -> Array:
     """Of the sinks' shape, in this dtype."""
-    problem = gradient.forward
     dsinks = on.empty((problem.heads_q,), np.float32)
     kernel = _plan.sink_gradient_kernel(traits, on.device.capability)
-    found = _classify.attachments(problem, on)
-    on.run(kernel, problem.heads_q, _params.pack_sink_gradient(problem, found, stats, dsinks))
+    on.run(kernel, problem.heads_q, _params.pack_sink_gradient(problem, tables, stats, dsinks))
     return on.as_contiguous(dsinks, dtype)

@@ -220,13 +220,11 @@ def attention_varlen_vjp(
 
 @cache
 def _backend(device: str) -> ModuleType:
-    if device != "cpu":
-        raise NotImplementedError(
-            "cuflash.attention_varlen: the arrays are on a GPU; "
-            "the GPU kernels take no packed sequences yet, the cpu backend (NumPy) does"
-        )
-    from cuflash import _cpu_packed as backend
-
+    # As in attention.py: imported by the first call that needs it.
+    if device == "cpu":
+        from cuflash import _cpu_packed as backend
+    else:
+        from cuflash import _launch_packed as backend
     return backend
 
 

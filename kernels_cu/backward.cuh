@@ -57,6 +57,8 @@ typedef WarpGrid<kBlockQ, kHeadDim, QUERY_WARPS> QueryGrid;  // dq
 // `head` is one of Rows.
 DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
   const Rows rows(p);
+  if (kPacked)
+    return (i64)head * p.packing.query_tile_count + p.packing.first_query_tile[batch] + tile;
   return ((i64)batch * rows.heads + head) * rows.tiles(kBlockQ) + tile;
 }
 
@@ -65,11 +67,15 @@ struct RowStats {
   const float* lse_log2;
   const float* delta;
   i64 rows_per_head;  // of the main kernel's Rows, in whole tiles
-  i64 group;          // heads of q in these rows
+  int block_q;        // the main kernel's
+  int group;          // heads of q in these rows
 
   DEVICE i64 index(const Problem& p, int batch, int head, int position) const {
+    const i64 row = (i64)position * group + head % group;
+    if (kPacked)
+      return head / group * rows_per_head + (i64)p.packing.first_query_tile[batch] * block_q + row;
     const i64 heads = p.heads_k * p.group / group;
-    return (batch * heads + head / group) * rows_per_head + position * group + head % group;
+    return (batch * heads + head / group) * rows_per_head + row;
   }
 };
 

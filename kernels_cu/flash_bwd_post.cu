@@ -2,6 +2,7 @@
 // batch entry) with the threads of the main kernel, so that each reads the accumulators that it
 // would own there; the tile goes through shared memory (2 kBlockQ D bytes) to whole rows.
 #include "backward.cuh"
+#include "mask.cuh"
 
 typedef SmemTile<kBlockQ, kHeadDim> QTile;
 #ifdef SMEM_BYTES
@@ -13,20 +14,19 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   extern __shared__ __align__(128) u8 smem[];
   const QTile dq_smem{shared_address(smem)};
   const Rows rows(p.problem);
-  const int tiles = rows.tiles(kBlockQ);
-  const int tile = blockIdx.x % tiles;
-  const int head = blockIdx.x / tiles % rows.heads;
-  const int batch = blockIdx.x / tiles / rows.heads;
+  const Work work = row_tile(p.problem, rows, kBlockQ, blockIdx.x);
+  if (!work.exists()) return;
+  const Mask mask(p.problem, work.batch);
 
   QueryGrid::Acc dq;
-  for_each_dq(dq, p.dq_acc, workspace_tile(p.problem, batch, head, tile),
+  for_each_dq(dq, p.dq_acc, workspace_tile(p.problem, work.batch, work.head, work.tile),
               [](float& value, const float* source) { value = *source; });
   to_smem<QueryGrid>(dq_smem, dq, p.problem.scale);
   __syncthreads();
 
-  const int first_row = tile * kBlockQ;
-  u16* target = base_of(p.dq, batch, rows.head_q(head));
+  const int first_row = work.tile * kBlockQ;
+  u16* target = mask.queries(p.dq, rows.head_q(work.head));
   store_tile<kThreads>(
       dq_smem, [&](int row) { return rows.pointer(target, p.dq, first_row + row); },
-      rows.count - first_row, p.problem.head_dim);
+      mask.rows.count - first_row, p.problem.head_dim);
 }

@@ -29,20 +29,18 @@ DEVICE float dot(const u16* x, const u16* y, int cols) {
 extern "C" __global__ void __launch_bounds__(kThreads)
     flash_bwd_prep(const __grid_constant__ BackwardParams p) {
   const Rows rows(p.problem);
-  const int tiles = rows.tiles(kBlockQ);
-  const int tile = blockIdx.x % tiles;
-  const int head = blockIdx.x / tiles % rows.heads;
-  const int batch = blockIdx.x / tiles / rows.heads;
-  const Mask mask(p.problem, batch);
-  const int head_q = rows.head_q(head);
-  const i64 stats =
-      ((i64)batch * p.problem.heads_k * p.problem.group + head_q) * p.problem.seqlen_q;
-  const i64 workspace = workspace_tile(p.problem, batch, head, tile);
-  const u16* out = base_of(p.out, batch, head_q);
-  const u16* dout = base_of(p.dout, batch, head_q);
+  if (threadIdx.x == 0 && blockIdx.x == 0) p.turns[0] = 0;
+  const Work work = row_tile(p.problem, rows, kBlockQ, blockIdx.x);
+  if (!work.exists()) return;
+  const Mask mask(p.problem, work.batch);
+  const int head_q = rows.head_q(work.head);
+  const i64 stats = mask.stats(head_q);
+  const i64 workspace = workspace_tile(p.problem, work.batch, work.head, work.tile);
+  const u16* out = mask.queries(p.out, head_q);
+  const u16* dout = mask.queries(p.dout, head_q);
 
   for (int i = warp_id(); i < kBlockQ; i += kWarps) {
-    const int row = tile * kBlockQ + i;
+    const int row = work.tile * kBlockQ + i;
     float lse = -infinity(), delta = 0.f;
     if (row < mask.valid_rows()) lse = p.lse[stats + rows.stat_index(p.problem, row)];
     if (lse != -infinity()) {
@@ -59,8 +57,5 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   float4* dq_acc = (float4*)(p.dq_acc + workspace * kBlockQ * kHeadDim);
   for (int i = threadIdx.x; i < kBlockQ * kHeadDim / 4; i += kThreads)
     dq_acc[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (threadIdx.x == 0) {
-    p.turns[1 + workspace] = 0;
-    if (blockIdx.x == 0) p.turns[0] = 0;
-  }
+  if (threadIdx.x == 0) p.turns[1 + workspace] = 0;
 }

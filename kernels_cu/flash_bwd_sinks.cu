@@ -17,6 +17,11 @@ static_assert(sizeof(SinkGradientParams) == SINK_PARAMS_BYTES,
               "SinkGradientParams differs from the packed one");
 #endif
 
+DEVICE int queries(const Problem& p, int batch) {
+  if (!kPacked) return p.seqlen_q;
+  return p.packing.query_edges[batch + 1] - p.packing.query_edges[batch];
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads)
     flash_bwd_sinks(const __grid_constant__ SinkGradientParams p) {
   __shared__ float sums[kThreads];
@@ -26,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll 1
   for (int batch = 0; batch < p.problem.batch; batch++)
 #pragma unroll 1
-    for (int row = threadIdx.x; row < p.problem.seqlen_q; row += kThreads) {
+    for (int row = threadIdx.x; row < queries(p.problem, batch); row += kThreads) {
       const i64 index = p.stats.index(p.problem, batch, head, row);
       sum -= exp2_approx(sink_log2 - p.stats.lse_log2[index]) * p.stats.delta[index];
     }

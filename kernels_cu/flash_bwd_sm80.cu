@@ -180,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const ScoreTile p_smem{base + kPOffset}, ds_smem{base + kDsOffset};
 
   const Work work = backward_work(p.problem, take_work(p, smem));
+  if (!work.exists()) return;
   const Mask mask(p.problem, work.batch);
   const Scores scores(p.problem);
   const int first_key = work.tile * kBlockKV;
@@ -190,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
   const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
-    const u16* keys = base_of(x, work.batch, work.head) + first_key * x.seq_stride;
+    const u16* keys = mask.keys(x, work.head) + first_key * x.seq_stride;
     load_tile<kThreads>(
         tile, [&](int row) { return keys + row * x.seq_stride; }, mask.kv_len - first_key, cols);
     cp_async_commit();
@@ -199,8 +200,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const auto dout_stage = [&](int stage) { return DoutTile{q_stage(stage).base + kDoutOffset}; };
   const auto load_queries = [&](int stage, int tile) {
     const int first_row = tile * kBlockQ, valid_rows = mask.valid_rows() - first_row;
-    const u16* q = base_of(p.q, work.batch, head_q);
-    const u16* dout = base_of(p.dout, work.batch, head_q);
+    const u16* q = mask.queries(p.q, head_q);
+    const u16* dout = mask.queries(p.dout, head_q);
     load_tile<kThreads>(
         q_stage(stage), [&](int row) { return mask.rows.pointer(q, p.q, first_row + row); },
         valid_rows, p.problem.head_dim);
@@ -300,9 +301,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
   to_smem<ValueGrid>(v_smem, dv, 1.f);
   __syncthreads();
-  u16* dk_target = base_of(p.dk, work.batch, work.head) + first_key * p.dk.seq_stride;
-  u16* dv_target = base_of(p.dv, work.batch, work.head) + first_key * p.dv.seq_stride;
-  const int valid_keys = p.problem.seqlen_k - first_key;
+  u16* dk_target = mask.keys(p.dk, work.head) + first_key * p.dk.seq_stride;
+  u16* dv_target = mask.keys(p.dv, work.head) + first_key * p.dv.seq_stride;
+  const int valid_keys = mask.own_keys() - first_key;
   store_tile<kThreads>(
       k_smem, [&](int row) { return dk_target + row * p.dk.seq_stride; }, valid_keys,
       p.problem.head_dim);

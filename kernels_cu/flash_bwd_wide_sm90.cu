@@ -115,9 +115,11 @@ struct Consumer : BackwardConsumer<Storage> {
     named_barrier_sync(kScoresBarrier, kThreads);
     if (warpgroup_thread() != 0) return;
     if (index == 0)
-      store_panels(dk_tile, &p.dk, work.tile * kBlockKV, work.head, work.batch);
+      store_panels(dk_tile, &p.dk, mask.k_start + work.tile * kBlockKV, mask.k_end(),
+                   p.call.problem.seqlen_k, work.head, mask.array_batch());
     else
-      store_panels(dv_tile, &p.dv, work.tile * kBlockKV, work.head, work.batch);
+      store_panels(dv_tile, &p.dv, mask.k_start + work.tile * kBlockKV, mask.k_end(),
+                   p.call.problem.seqlen_k, work.head, mask.array_batch());
     bulk_commit();
     bulk_wait_read();
   }

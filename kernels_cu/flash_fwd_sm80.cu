@@ -79,8 +79,7 @@ DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask,
       const int row = warp_id() * kWarpRows + acc_row(m, 2 * r);
       in_length[m][r] = first_row + row < mask.valid_rows();
       if (lane_id() % 4 == 0 && row < valid_rows) {
-        float* lse = p.lse + ((i64)work.batch * p.problem.heads_k * p.problem.group + head) *
-                                 p.problem.seqlen_q;
+        float* lse = p.lse + mask.stats(head);
         lse[mask.rows.stat_index(p.problem, first_row + row)] =
             in_length[m][r] ? softmax.row_max[m][r] : -infinity();
       }
@@ -99,7 +98,7 @@ DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask,
       }
   __syncthreads();
 
-  u16* out = base_of(p.out, work.batch, head);
+  u16* out = mask.queries(p.out, head);
   store_tile<kThreads>(
       out_smem, [&](int row) { return mask.rows.pointer(out, p.out, first_row + row); }, valid_rows,
       p.problem.head_dim_v);
@@ -115,14 +114,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   const Rows rows(p.problem);
   const Work work = forward_work(p.problem, rows, kBlockQ, p.heads_per_section, blockIdx.x);
+  if (!work.exists()) return;
   const Mask mask(p.problem, work.batch);
   const int first_row = work.tile * kBlockQ, warp_row = warp_id() * kWarpRows;
   KeyTiles tiles(mask, work.head, first_row, kBlockQ, kBlockKV);
 
   const int head_q = rows.head_q(work.head);
-  const u16* q = base_of(p.q, work.batch, head_q);
-  const u16* k = base_of(p.k, work.batch, rows.head_k(p.problem, work.head));
-  const u16* v = base_of(p.v, work.batch, rows.head_k(p.problem, work.head));
+  const u16* q = mask.queries(p.q, head_q);
+  const u16* k = mask.keys(p.k, rows.head_k(p.problem, work.head));
+  const u16* v = mask.keys(p.v, rows.head_k(p.problem, work.head));
   const auto load_keys = [&](const auto& tile, const u16* x, const Tensor& shape, int cols) {
     const i64 first_key = (i64)tiles.current * kBlockKV;
     load_tile<kThreads>(

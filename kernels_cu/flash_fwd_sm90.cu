@@ -155,7 +155,7 @@ struct WorkList {
     return round * gridDim.x + place;
   }
   DEVICE bool valid() const {
-    return index() < p.call.problem.batch * rows.heads * rows.tiles(kBlockQ);
+    return index() < row_tiles(p.call.problem, rows, kBlockQ) && work().exists();
   }
   DEVICE Work work() const {
     return forward_work(p.call.problem, rows, kBlockQ, p.call.heads_per_section, index());
@@ -182,22 +182,22 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
         mbarrier_wait(smem.q_empty(consumer), (list.round + 1) % 2);
         mbarrier_arrive_expect(smem.q_full(consumer), QTile::kBytes);
         load_panels(smem.q(consumer), &p.q, smem.q_full(consumer),
-                    first_row + consumer * kWarpgroupRows, mask.q_len, problem.seqlen_q, work.head,
-                    work.batch);
+                    mask.q_start + first_row + consumer * kWarpgroupRows, mask.q_end(),
+                    problem.seqlen_q, work.head, mask.array_batch());
       }
     };
     const auto load_k = [&](int tile) {
       mbarrier_wait(smem.k_empty(k_ring), k_ring.phase ^ 1);
       mbarrier_arrive_expect(smem.k_full(k_ring), KTile::kBytes);
-      load_panels(smem.k(k_ring), &p.k, smem.k_full(k_ring), tile * kBlockKV, mask.kv_len,
-                  problem.seqlen_k, head_k, work.batch);
+      load_panels(smem.k(k_ring), &p.k, smem.k_full(k_ring), mask.k_start + tile * kBlockKV,
+                  mask.k_end(), problem.seqlen_k, head_k, mask.array_batch());
       k_ring.advance();
     };
     const auto load_v = [&](int tile) {
       mbarrier_wait(smem.v_empty(v_ring), v_ring.phase ^ 1);
       mbarrier_arrive_expect(smem.v_full(v_ring), VTile::kBytes);
-      load_panels(smem.v(v_ring), &p.v, smem.v_full(v_ring), tile * kBlockKV, mask.kv_len,
-                  problem.seqlen_k, head_k, work.batch);
+      load_panels(smem.v(v_ring), &p.v, smem.v_full(v_ring), mask.k_start + tile * kBlockKV,
+                  mask.k_end(), problem.seqlen_k, head_k, mask.array_batch());
       v_ring.advance();
     };
 
@@ -437,8 +437,8 @@ struct Consumer {
     for (int r = 0; r < 2; r++) {
       const int row = first_row + warpgroup_row() + acc_row(0, 2 * r);
       in_length[r] = row < mask.q_len;
-      if (lane_id() % 4 == 0 && row < problem.seqlen_q)
-        p.call.lse[((i64)work.batch * mask.rows.heads + work.head) * problem.seqlen_q + row] =
+      if (lane_id() % 4 == 0 && row < mask.rows.count)
+        p.call.lse[mask.stats(work.head) + row] =
             in_length[r] ? softmax.row_max[0][r] : -infinity();
     }
     for_each(o_acc, [&](float& o, int, int, int e) { o = in_length[e / 2] ? o : 0.f; });
@@ -455,7 +455,8 @@ struct Consumer {
     fence_proxy_async();
     named_barrier_sync(own_barrier(index), kWarpgroupThreads);
     if (warpgroup_thread() == 0) {
-      store_panels(out_smem, &p.out, first_row, work.head, work.batch);
+      store_panels(out_smem, &p.out, mask.q_start + first_row, mask.q_end(), problem.seqlen_q,
+                   work.head, mask.array_batch());
       bulk_commit();
       if (kOutOverQ) {
         bulk_wait_read();

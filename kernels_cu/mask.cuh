@@ -17,13 +17,22 @@ struct Mask {
   Rows rows;
   int batch;
   i64 offset;
+  int q_start, k_start;  // of a packed sequence, else 0
   int q_len, kv_len;
   int first;  // query i sees keys i + first ...
   int last;   // ... to i + last, inclusive
 
   DEVICE Mask(const Problem& p, int batch) : problem(p), rows(p), batch(batch) {
-    q_len = p.q_lens ? clamp(p.q_lens[batch], 0, p.seqlen_q) : p.seqlen_q;
-    kv_len = p.kv_lens ? clamp(p.kv_lens[batch], 0, p.seqlen_k) : p.seqlen_k;
+    q_start = k_start = 0;
+    if constexpr (kPacked) {
+      q_start = p.packing.query_edges[batch], k_start = p.packing.key_edges[batch];
+      q_len = p.packing.query_edges[batch + 1] - q_start;
+      kv_len = p.packing.key_edges[batch + 1] - k_start;
+      rows.count = q_len * rows.group;
+    } else {
+      q_len = p.q_lens ? clamp(p.q_lens[batch], 0, p.seqlen_q) : p.seqlen_q;
+      kv_len = p.kv_lens ? clamp(p.kv_lens[batch], 0, p.seqlen_k) : p.seqlen_k;
+    }
     offset = p.offset_is_given ? p.offset : (i64)kv_len - q_len;
     if (p.offsets) offset = larger(smaller(p.offsets[batch], kFarthestOffset), -kFarthestOffset);
     // Beyond these ends nothing changes, and 0 <= i < Sq keeps i + first and i + last + 1 in 32
@@ -53,6 +62,26 @@ struct Mask {
     if (key < keys.begin || key >= keys.end) return false;
     return !kHasTree || tree_sees(problem, place(head, row, key));
   }
+
+  // The first row of a head of an array of queries, or of keys.
+  DEVICE u16* queries(const Tensor& x, int head) const {
+    u16* of_head = base_of(x, array_batch(), head);
+    return kPacked ? of_head + q_start * x.seq_stride : of_head;
+  }
+  DEVICE u16* keys(const Tensor& x, int head) const {
+    u16* of_head = base_of(x, array_batch(), head);
+    return kPacked ? of_head + k_start * x.seq_stride : of_head;
+  }
+  // The same in a (B, Hq, Sq) array.
+  DEVICE i64 stats(int head_q) const {
+    const i64 head = (i64)array_batch() * problem.heads_k * problem.group + head_q;
+    return head * problem.seqlen_q + q_start;
+  }
+  DEVICE int array_batch() const { return kPacked ? 0 : batch; }
+  DEVICE int q_end() const { return q_start + q_len; }
+  DEVICE int k_end() const { return k_start + kv_len; }
+  // Keys whose gradients are this sequence's to write.
+  DEVICE int own_keys() const { return kPacked ? kv_len : problem.seqlen_k; }
 
   // Rows that hold queries: the others read as zeros.
   DEVICE int valid_rows() const { return q_len * rows.group; }

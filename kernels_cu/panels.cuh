@@ -43,12 +43,18 @@ DEVICE void load_panels(const Tile& tile, const TensorMap* map, u32 barrier, int
              first_row + seqlen - length, length, head, batch);
 }
 
-// The tile to the rows from first_row on; those beyond the array are dropped.
+// The tile to the rows from first_row on; those beyond the array are dropped or, where sequences
+// are packed, those beyond `length` of its `seqlen` rows, by a map as load_panels has it.
 template <class Tile>
-DEVICE void store_panels(const Tile& tile, const TensorMap* map, int first_row, int head,
-                         int batch) {
+DEVICE void store_panels(const Tile& tile, const TensorMap* map, int first_row, int length,
+                         int seqlen, int head, int batch) {
 #pragma unroll
-  for (int panel = 0; panel < Tile::kCount; panel++)
-    tma_store(map, tile.base + panel * Tile::kPanelBytes, panel * Tile::kPanelCols, first_row, head,
-              batch);
+  for (int panel = 0; panel < Tile::kCount; panel++) {
+    const u32 source = tile.base + panel * Tile::kPanelBytes;
+    const int col = panel * Tile::kPanelCols;
+    if constexpr (kPacked)
+      tma_store(map, source, col, first_row + seqlen - length, length, head, batch);
+    else
+      tma_store(map, source, col, first_row, head, batch);
+  }
 }

@@ -8,6 +8,10 @@
 #ifndef ATTACHMENTS
 #define ATTACHMENTS 0
 #endif
+#ifndef PACKED
+#define PACKED 0
+#endif
+constexpr bool kPacked = PACKED;
 
 // A (B, S, H, D) array of 16-bit elements with a contiguous last axis; strides in elements.
 struct Tensor {
@@ -33,6 +37,18 @@ struct TileLists {
   i64 batch_stride;
   i64 head_stride;
   i64 pitch;  // of one tile's list
+};
+
+// Sequences one after the other along axis 1 of arrays of batch size 1 (packed_tiles.cu); their
+// edges never decrease and lie inside the arrays, whatever the caller's do.
+struct Packing {
+  const int* query_edges;       // (B + 1,): sequence b has the tokens [b] to [b + 1]
+  const int* key_edges;         // (B + 1,)
+  const int* first_query_tile;  // (B + 1,): of a sequence, among all
+  const int2* query_tiles;  // (query_tile_count,): sequence and tile in it, or -1 in place of it
+  const int2* key_tiles;    // (key_tile_count,)
+  int query_tile_count;     // at least as many as there are
+  int key_tile_count;
 };
 
 // What one leaf of a mask's tree, or one array of a user's, reads: a structure of leaves.cuh.
@@ -69,6 +85,7 @@ struct Problem {
   u32 drop_below;       // random bits below this drop a probability
   float dropout_scale;  // of those kept
   TileLists lists;
+  Packing packing;
 #if ATTACHMENTS
   Attachment attachments[ATTACHMENTS];
 #endif

@@ -37,7 +37,7 @@ struct Rows {
   DEVICE Element* pointer(Element* base, const Tensor& x, int row) const {
     return base + position(row) * x.seq_stride + head_in_group(row) * x.head_stride;
   }
-  // Where a row stands in a (B, Hq, Sq) array, relative to (batch, first head of the group, 0).
+  // Where a row stands in a (B, Hq, Sq) array, relative to the first row of its group's first head.
   DEVICE i64 stat_index(const Problem& p, int row) const {
     return (i64)head_in_group(row) * p.seqlen_q + position(row);
   }
@@ -46,4 +46,29 @@ struct Rows {
 // The element (batch, 0, head) of x.
 DEVICE u16* base_of(const Tensor& x, int batch, int head) {
   return (u16*)x.data + batch * x.batch_stride + head * x.head_stride;
+}
+
+// A tile of a head's rows or keys.
+struct Work {
+  int tile;
+  int head;   // of Rows, or of k where the tile is of keys
+  int batch;  // or sequence; -1: none, there are fewer tiles than places for them
+
+  DEVICE bool exists() const { return !kPacked || batch >= 0; }
+};
+
+// How many row tiles there are at most, in all heads of Rows.
+DEVICE int row_tiles(const Problem& p, const Rows& rows, int block_q) {
+  if (kPacked) return rows.heads * p.packing.query_tile_count;
+  return p.batch * rows.heads * rows.tiles(block_q);
+}
+// The row tiles of a head after each other.
+DEVICE Work row_tile(const Problem& p, const Rows& rows, int block_q, int index) {
+  if (kPacked) {
+    const int count = p.packing.query_tile_count;
+    const int2 tile = p.packing.query_tiles[index % count];
+    return {tile.y, index / count, tile.x};
+  }
+  const int tiles = rows.tiles(block_q);
+  return {index % tiles, index / tiles % rows.heads, index / tiles / rows.heads};
 }

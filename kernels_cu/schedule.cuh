@@ -144,16 +144,11 @@ struct GroupTiles {
   }
 };
 
-struct Work {
-  int tile;
-  int head;  // of Rows in the forward, of k in the backward
-  int batch;
-};
-
 // Forward: sections of (batch, head) pairs whose keys and values fit the L2 cache; inside a section
 // the last query tiles first, which under a causal mask are the longest.
 DEVICE Work forward_work(const Problem& p, const Rows& rows, int block_q, int heads_per_section,
                          int index) {
+  if (kPacked) return row_tile(p, rows, block_q, row_tiles(p, rows, block_q) - 1 - index);
   const int tiles = rows.tiles(block_q);
   const int heads = p.batch * rows.heads;
   const int section = index / (tiles * heads_per_section);
@@ -166,6 +161,10 @@ DEVICE Work forward_work(const Problem& p, const Rows& rows, int block_q, int he
 // Backward: heads fastest, so that blocks that run together rarely add to the same query tile; key
 // tiles ascending, because the first ones have the most queries under a causal mask.
 DEVICE Work backward_work(const Problem& p, u32 index) {
+  if (kPacked) {
+    const int2 tile = p.packing.key_tiles[index / p.heads_k];
+    return {tile.y, (int)(index % p.heads_k), tile.x};
+  }
   const u32 heads = p.batch * p.heads_k;
   const int head = index % heads;
   return {(int)(index / heads), head % p.heads_k, head / p.heads_k};

@@ -11,6 +11,7 @@ import numpy as np
 import cuflash
 from cuflash import _params, _plan
 from cuflash._mask_tree import Mask
+from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash.score_mod import ScoreMod
 
@@ -89,7 +90,20 @@ class EmulatedBackend:
         return _launch.backward(gradient, self._make_gpu(_arrays_of(gradient)))
 
     def forward_varlen(self, *arrays: np.ndarray, **options: Any) -> Any:
-        raise NotImplementedError("the GPU kernels take no packed sequences yet")
+        from cuflash import _launch_packed
+
+        problem = PackedProblem.create("attention_varlen", "cuda", *arrays, **_as_arrays(options))
+        return _launch_packed.forward(problem, self._make_gpu(_arrays_of(problem)))
+
+    def backward_varlen(self, *arrays: np.ndarray, **options: Any) -> Gradients:
+        from cuflash import _launch_packed
+
+        dout, *inputs, out, lse = arrays
+        function = "attention_varlen_backward"
+        own = {n: options.pop(n) for n in ("dlse", "deterministic") if n in options}
+        forward = PackedProblem.create(function, "cuda", *inputs, **_as_arrays(options))
+        gradient = PackedGradientProblem.create(function, forward, dout, out, lse, **own)
+        return _launch_packed.backward(gradient, self._make_gpu(_arrays_of(gradient)))
 
 
 Backend = CpuBackend | GpuBackend | EmulatedBackend
@@ -161,7 +175,7 @@ def _arrays_of(problem: Problem | GradientProblem) -> list[np.ndarray]:
     arrays = []
     for name in problem.__slots__:
         value = getattr(problem, name)
-        if isinstance(value, Problem):
+        if isinstance(value, (Problem, PackedProblem)):
             arrays += _arrays_of(value)
         elif isinstance(value, (Mask, ScoreMod)):
             arrays += value.arrays().values()

@@ -29,6 +29,13 @@ DEVICE void tma_store(const TensorMap* map, u32 source, int c0, int c1, int c2, 
       "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+DEVICE void tma_store(const TensorMap* map, u32 source, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group"
+      " [%0, {%2, %3, %4, %5, %6}], [%1];" ::"l"(map),
+      "r"(source), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
 // A multiple of 16 bytes, both ends aligned to 16.
 DEVICE void bulk_load(u32 target, const void* source, u32 bytes, u32 barrier) {
   asm volatile(
