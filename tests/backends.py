@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -76,7 +78,7 @@ class EmulatedBackend:
         from cuflash import _launch
 
         problem = Problem.create("attention", "cuda", q, k, v, **_as_arrays(options))
-        return _launch.forward(problem, self._make_gpu(_arrays_of(problem)))
+        return self._run(_launch.forward, problem)
 
     def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
         from cuflash import _launch
@@ -87,13 +89,19 @@ class EmulatedBackend:
         gradient = GradientProblem.create(
             "attention_backward", forward, dout, out, lse, dlse, deterministic
         )
-        return _launch.backward(gradient, self._make_gpu(_arrays_of(gradient)))
+        return self._run(_launch.backward, gradient)
+
+    def _run(self, launch: Callable[..., Any], problem: Any) -> Any:
+        gpu = self._make_gpu(_arrays_of(problem))
+        results = launch(problem, gpu)
+        gpu.synchronize()
+        return results
 
     def forward_varlen(self, *arrays: np.ndarray, **options: Any) -> Any:
         from cuflash import _launch_packed
 
         problem = PackedProblem.create("attention_varlen", "cuda", *arrays, **_as_arrays(options))
-        return _launch_packed.forward(problem, self._make_gpu(_arrays_of(problem)))
+        return self._run(_launch_packed.forward, problem)
 
     def backward_varlen(self, *arrays: np.ndarray, **options: Any) -> Gradients:
         from cuflash import _launch_packed
@@ -103,22 +111,42 @@ class EmulatedBackend:
         own = {n: options.pop(n) for n in ("dlse", "deterministic") if n in options}
         forward = PackedProblem.create(function, "cuda", *inputs, **_as_arrays(options))
         gradient = PackedGradientProblem.create(function, forward, dout, out, lse, **own)
-        return _launch_packed.backward(gradient, self._make_gpu(_arrays_of(gradient)))
+        return self._run(_launch_packed.backward, gradient)
 
 
 Backend = CpuBackend | GpuBackend | EmulatedBackend
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What an emulated GPU has run."""
+
+    kernel: _plan.Kernel
+    blocks: int
+    stats: Any  # emulator.Stats
+    buffers: Sequence[np.ndarray]
+
+    def bytes_read(self, array: np.ndarray) -> int:
+        """Of this array, by its address."""
+        addresses = [buffer.ctypes.data for buffer in self.buffers]
+        return self.stats.bytes_read[addresses.index(array.ctypes.data)]
+
+
 class EmulatedGpu:
-    """Takes the place of `_launch.Gpu`: memory is NumPy's, a launch runs the kernel's PTX."""
+    """Takes the place of `_launch.Gpu`: memory is NumPy's, a launch runs the kernel's PTX.
+
+    Work waits in a stream for `synchronize`, so that whoever reads results before reads NaN, and
+    kernels are compiled side by side.
+    """
 
     def __init__(
         self, capability: int, schedule: str, seed: int, inputs: Sequence[np.ndarray]
     ) -> None:
         self.device = _plan.Device(capability, l2_bytes=1 << 20, sms=3)
-        self.stats: list[Any] = []
+        self.launches: list[Launch] = []
         self._schedule, self._seed = schedule, seed
         self._buffers = list(inputs)
+        self._stream: list[tuple[_plan.Kernel, int, bytes] | Callable[[], None]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         import emulator
@@ -129,7 +157,11 @@ class EmulatedGpu:
         return self._keep(np.zeros(shape, dtype))
 
     def as_contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
-        return self._keep(np.ascontiguousarray(array, dtype=dtype))
+        if array.dtype == dtype and array.flags.c_contiguous:
+            return self._keep(array)
+        copy = self.empty(array.shape, dtype)
+        self._stream.append(lambda: np.copyto(copy, array, casting="unsafe"))
+        return copy
 
     def encode(self, tensor_map: _params.TensorMap) -> bytes:
         import emulator
@@ -141,8 +173,20 @@ class EmulatedGpu:
         )
 
     def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
-        self.stats.append(
-            _emulated_kernel(kernel).launch(
+        self._stream.append((kernel, blocks, params))
+
+    def synchronize(self) -> None:
+        """Do all that waits."""
+        stream, self._stream = self._stream, []
+        kernels = list(dict.fromkeys(task[0] for task in stream if isinstance(task, tuple)))
+        with ThreadPoolExecutor(2) as threads:
+            compiled = dict(zip(kernels, threads.map(_emulated_kernel, kernels), strict=True))
+        for task in stream:
+            if not isinstance(task, tuple):
+                task()
+                continue
+            kernel, blocks, params = task
+            stats = compiled[kernel].launch(
                 (blocks,),
                 (kernel.threads,),
                 kernel.smem_bytes,
@@ -151,7 +195,7 @@ class EmulatedGpu:
                 seed=self._seed,
                 buffers=self._buffers,
             )
-        )
+            self.launches.append(Launch(kernel, blocks, stats, tuple(self._buffers)))
 
     def _keep(self, array: np.ndarray) -> np.ndarray:
         self._buffers.append(array)

@@ -28,7 +28,7 @@ def test_global_memory_out_of_bounds() -> None:
     kernel = program(
         f"{per_thread(0, 4, '%rd10')} ld.global.u32 %r1, [%rd10]; st.global.u32 [%rd10], %r1;"
     )
-    launch(kernel, np.zeros(32, np.uint32))
+    assert launch(kernel, np.zeros(32, np.uint32)).bytes_read == (128,)
     with pytest.raises(
         EmulatorError, match=r"thread 31 .*`.*ld.global.*out of bounds.*byte 124 of its 124"
     ):

@@ -55,6 +55,7 @@ def test_bulk_copies(schedule: str) -> None:
     np.testing.assert_array_equal(out, source)
     np.testing.assert_array_equal(total, source + 1)
     assert (stats.tma_loads, stats.tma_stores, stats.bytes_loaded) == (1, 2, 2048)
+    assert stats.bytes_read == (0, 2048, 0)
     with pytest.raises(EmulatorError, match="race: ld.shared.* the write by a bulk load"):
         launch(
             program(BARRIER + bulk_load(1, 2048) + "ld.shared.u32 %r4, [%r2];" + WAIT, 3),
@@ -162,7 +163,8 @@ def test_tensor_copies(
         {WAIT} {bulk_store(1, size)}"""
     )
     image = np.zeros(size, np.uint8)
-    launch(load_box, tensor_map(array, box, swizzle=swizzle), image, buffers=[array, image])
+    stats = launch(load_box, tensor_map(array, box, swizzle=swizzle), image, buffers=[array, image])
+    assert stats.bytes_read == (4 * np.count_nonzero(inside), 0)
     expected = np.where(inside, array.reshape(-1)[index], 0).astype(np.float32)
     np.testing.assert_array_equal(image, swizzled_image(expected, swizzle))
 

@@ -186,6 +186,7 @@ def test_cp_async_fills_with_zeros(size: int) -> None:
         kept = np.arange(size) < (np.arange(32) & (size - 1))[:, None]
         np.testing.assert_array_equal(found, np.where(kept, source, 0))
         assert stats.cp_async == 32
+        assert stats.bytes_read == (0, np.count_nonzero(kept))
 
 
 def test_vector_loads_and_reductions_to_global_memory() -> None:

@@ -46,6 +46,7 @@ class _Options(ctypes.Structure):
         ("parameter_bytes", ctypes.c_uint64),
         ("buffers", ctypes.c_void_p),
         ("buffer_count", ctypes.c_uint64),
+        ("bytes_read", ctypes.c_void_p),
     ]
 
 
@@ -74,6 +75,7 @@ class Stats:
     bank_wavefronts: int  # of ldmatrix and stmatrix
     bank_ideal: int  # the same without conflicts: one per 8 rows of 16 bytes
     registers: int  # most registers that a block held at once
+    bytes_read: tuple[int, ...]  # of each of `buffers`, by loads, cp.async and bulk copies
 
 
 class Kernel:
@@ -84,7 +86,7 @@ class Kernel:
             highest warp first) or "random" by `seed`.
         threads: OS threads; blocks start in linear order, each on the next free one.
         buffers: if given, every global access has to lie in the memory of one of these arrays, and
-            every write in one that is writeable.
+            every write in one that is writeable. What lies in several counts as the first's.
         races: detect races and missing proxy fences in shared memory.
         poison: fill shared memory and what is in flight with NaN.
         strict_cp_async: wgmma may read what cp.async wrote only after a proxy fence.
@@ -138,7 +140,8 @@ class Kernel:
         if schedule not in _SCHEDULES:
             raise ValueError(f"launch: schedule is {schedule!r}, must be one of {_SCHEDULES}")
         parameters = self._pack(args)
-        ranges = None if buffers is None else self._ranges(buffers)
+        ranges = self._ranges(() if buffers is None else buffers)
+        bytes_read = np.zeros(len(ranges), np.uint64)
         options = _Options(
             *extents,
             schedule=_SCHEDULES.index(schedule),
@@ -155,12 +158,15 @@ class Kernel:
             allow_a_reuse=allow_a_reuse,
             parameters=parameters.ctypes.data,
             parameter_bytes=parameters.nbytes,
-            buffers=None if ranges is None else ranges.ctypes.data,
-            buffer_count=0 if ranges is None else len(ranges),
+            buffers=None if buffers is None else ranges.ctypes.data,
+            buffer_count=0 if buffers is None else len(ranges),
+            bytes_read=bytes_read.ctypes.data,
         )
-        return self._run(options)
+        counters = self._run(options)
+        return Stats(*counters, tuple(bytes_read[:-1].tolist()))  # all but the module's own
 
-    def _run(self, options: _Options) -> Stats:
+    def _run(self, options: _Options) -> list[float]:
+        """Seconds, then the counters."""
         counters, error = _Counters(), ctypes.create_string_buffer(16384)
         start = time.perf_counter()
         failed = np.prod(options.grid) and build.runtime().emulator_launch(
@@ -173,7 +179,7 @@ class Kernel:
         if failed:
             raise EmulatorError(f"{self.name}: {self._with_statements(error.value.decode())}")
         seconds = time.perf_counter() - start
-        return Stats(seconds, **{name: getattr(counters, name) for name in _COUNTERS})
+        return [seconds, *(getattr(counters, name) for name in _COUNTERS)]
 
     def _check_sizes(self, block: tuple[int, ...], smem_bytes: int) -> int:
         count = int(np.prod(block))

@@ -57,6 +57,7 @@ static std::unique_ptr<Block> take_block(Launch& launch) {
   b->launch = &launch;
   b->options = launch.options;
   b->stats = {};
+  b->bytes_read.assign(launch.options->buffer_count, 0);
   b->failed = false;
   b->shared_bytes = launch.options->static_shared + launch.options->dynamic_shared;
   mprotect(b->shared, (kSharedMax + 4095) & ~4095u, PROT_NONE);
@@ -82,6 +83,7 @@ static void run_blocks(Launch& launch, std::string& error, Stats& stats) {
   sigaltstack(&before, nullptr);
   std::lock_guard lock(pool_mutex);
   stats.add(cta->stats);
+  for (u64 i = 0; i < o.buffer_count; i++) o.bytes_read[i] += cta->bytes_read[i];
   pool.push_back(std::move(block));
   cta = nullptr;
 }

@@ -32,6 +32,7 @@ void check_global(u64 address, u32 bytes, bool write, const char* what) {
     if (address < b.begin || address + bytes > b.end) continue;
     if (write && !b.writable)
       fail("%s writes to read-only buffer number %llu", what, static_cast<unsigned long long>(i));
+    if (!write) cta->bytes_read[i] += bytes;
     return;
   }
   report_out_of_bounds(address, bytes, what);

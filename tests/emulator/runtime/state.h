@@ -173,7 +173,7 @@ struct Thread {
 struct Buffer {
   u64 begin, end, writable;
 };
-struct Options {  // mirrored in build.py
+struct Options {  // mirrored in launch.py
   u32 grid[3], block[3];
   u32 schedule, os_threads;
   u64 seed;
@@ -183,10 +183,11 @@ struct Options {  // mirrored in build.py
   u64 parameter_bytes;
   const Buffer* buffers;
   u64 buffer_count;
+  u64* bytes_read;  // of each buffer
 };
 enum Schedule { kEager, kLazy, kRandom };
 
-struct Stats {  // mirrored in build.py
+struct Stats {  // mirrored in launch.py
   u64 switches, mma, wgmma, tma_loads, tma_stores, cp_async, bytes_loaded, bank_wavefronts,
       bank_ideal, registers;
   void add(const Stats& other);
@@ -203,6 +204,7 @@ struct Block {
   Launch* launch;
   const Options* options;
   Stats stats;
+  std::vector<u64> bytes_read;  // of each buffer
   Thread threads[kMaxThreads];
   Warp warps[kMaxWarps];
   Warpgroup warpgroups[kMaxWarpgroups];
