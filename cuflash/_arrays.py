@@ -54,6 +54,7 @@ class Hidden(NamedTuple):
     group: int
     # Columns, and True where hidden, which broadcasts to (heads, group, rows, those columns).
     parts: list[tuple[slice, np.ndarray]]
+    scattered: bool  # rather than a few spans of each row
 
     def array(self, shape: tuple[int, int, int]) -> np.ndarray:
         """All pairs of a tile of this shape, True where hidden."""
@@ -76,6 +77,19 @@ def hide(x: np.ndarray, hidden: Hidden | None, value: float) -> np.ndarray:
         by_head = x.reshape(heads, hidden.group, rows // hidden.group, keys)
         for columns, where in hidden.parts:
             np.copyto(by_head[..., columns], value, where=where)
+    return x
+
+
+def hide_exponentials(x: np.ndarray, hidden: Hidden | None) -> np.ndarray:
+    """`hide` by 0 of what is not negative, or NaN."""
+    if hidden is None or not hidden.scattered:
+        return hide(x, hidden, 0)
+    heads, rows, keys = x.shape
+    by_head = x.reshape(heads, hidden.group, rows // hidden.group, keys)
+    zero, nan = x.dtype.type(0), x.dtype.type(np.nan)
+    for columns, where in hidden.parts:
+        # The minimum that is no NaN, in one pass: copyto branches at each element.
+        np.fmin(by_head[..., columns], np.where(where, zero, nan), out=by_head[..., columns])
     return x
 
 

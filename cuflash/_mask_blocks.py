@@ -5,8 +5,9 @@ Arrays here are by key head, (B, Hk, group, rows, keys), with 1 for an axis that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import singledispatch
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ class BlockMask:
 
     mask: tree.Mask
     grid: Grid
-    sight: Sight
+    states: np.ndarray  # (B or 1, Hk or 1, group or 1, blocks of rows, of keys): NOTHING, ...
+    kept_tiles: dict[tuple[int, ...], list[slice]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, problem: Problem, block: tuple[int, int]) -> BlockMask:
@@ -50,44 +52,56 @@ class BlockMask:
     @property
     def shares_heads(self) -> bool:
         """Whether all key heads have the same mask."""
-        return self.sight.some.shape[1] == 1
+        return self.states.shape[1] == 1
 
     @property
     def shares_group(self) -> bool:
         """Whether the query heads that read a key head have the same mask."""
-        return self.sight.some.shape[2] == 1
+        return self.states.shape[2] == 1
 
-    def states(self, batch: int, heads: slice, members: slice, rows: slice) -> np.ndarray:
-        """NOTHING, SOME or ALL for each block of keys, to rows of one block of some heads."""
-        some, everything = (
-            self._of_heads(x, batch, heads, members)[rows.start // self.grid.block[0]]
-            for x in self.sight
-        )
-        return np.where(everything, ALL, np.where(some, SOME, NOTHING))
+    # A batch entry, a key head and a query head of its group say which heads share a mask.
 
-    def split_of_rows(
-        self, batch: int, heads: slice, members: slice, split: int, splits: int
-    ) -> slice:
-        """One of several spans of blocks of rows, which see about the same number of blocks."""
-        some = self._of_heads(self.sight.some, batch, heads, members)
-        work = np.cumsum(1 + some.sum(axis=1))
-        edges = np.searchsorted(work, work[-1] * np.arange(1, splits) / splits, side="left")
-        edges = [0, *edges.tolist(), len(work)]
-        return slice(edges[split], edges[split + 1])
+    def states_of(self, batch: int, head: int, member: int, rows: slice) -> np.ndarray:
+        """Of each block of keys, for a tile of rows: (blocks of keys,)."""
+        states = self.states[self._place(batch, head, member)]
+        return states[rows.start // self.grid.block[0]]
 
-    def span_of_keys(self, batch: int, heads: slice, members: slice, rows: slice) -> slice:
-        """From the first key to the last that some blocks of rows see."""
-        some = self._of_heads(self.sight.some, batch, heads, members)
-        (seen,) = some[rows].any(axis=0).nonzero()
+    def row_tiles(self, batch: int, head: int, member: int, rows: int, most: int) -> list[slice]:
+        """The rows in tiles: of one block, or of `most` at most that see the same, in full."""
+        place = self._place(batch, head, member)
+        key = (*place, rows, most)
+        if key in self.kept_tiles:
+            return self.kept_tiles[key]
+        size = self.grid.block[0]
+        states = self.states[place][: -(-rows // size)]
+        same = (states[1:] == states[:-1]).all(axis=1) & (states[1:] != SOME).all(axis=1)
+        starts: list[int] = []
+        for number, joins in enumerate([False, *same.tolist()][: len(states)]):
+            if not joins or number - starts[-1] == most:
+                starts.append(number)
+        edges = [start * size for start in starts] + [rows]
+        self.kept_tiles[key] = [slice(*pair) for pair in pairwise(edges)]
+        return self.kept_tiles[key]
+
+    def pairs(self, batch: int, head: int, member: int, rows: slice) -> int:
+        """About how many pairs of these rows and keys a tile computes."""
+        seen = np.count_nonzero(self.states_of(batch, head, member, rows))
+        return int(seen) * self.grid.block[1] * (rows.stop - rows.start)
+
+    def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> slice:
+        """From the first key to the last that some tiles of rows see."""
+        row_size, size = self.grid.block
+        states = self.states[self._place(batch, head, member)]
+        states = states[rows.start // row_size : -(-rows.stop // row_size)]
+        (seen,) = states.any(axis=0).nonzero()
         if not seen.size:
             return slice(0, 0)
-        size = self.grid.block[1]
-        return slice(seen[0] * size, min((seen[-1] + 1) * size, self.grid.shape.seqlen_k))
+        return slice(int(seen[0]) * size, (int(seen[-1]) + 1) * size)
 
-    def _of_heads(self, x: np.ndarray, batch: int, heads: slice, members: slice) -> np.ndarray:
-        """(blocks of rows, blocks of keys) of heads that share a mask."""
-        place = (batch, heads.start, members.start)
-        return x[tuple(0 if n == 1 else i for n, i in zip(x.shape, place, strict=False))]
+    def _place(self, batch: int, head: int, member: int) -> tuple[int, ...]:
+        """Into the first axes of the states."""
+        shape = self.states.shape
+        return tuple(0 if n == 1 else i for n, i in zip(shape, (batch, head, member), strict=False))
 
     def visible(self, area: Area) -> np.ndarray:
         """(1 or heads, 1 or members, rows, keys)."""
@@ -125,13 +139,6 @@ class Grid(NamedTuple):
         return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:])
 
 
-class Sight(NamedTuple):
-    """What is visible of each block: (B or 1, Hk or 1, group or 1, blocks of rows, of keys)."""
-
-    some: np.ndarray  # False: nothing is; True: perhaps something
-    all: np.ndarray  # True: everything is; False: perhaps not
-
-
 class Area(NamedTuple):
     """Some heads, rows and keys of one batch entry."""
 
@@ -163,13 +170,25 @@ class Area(NamedTuple):
         return x[heads, members]
 
 
-def classify(mask: tree.Mask, grid: Grid) -> Sight:
-    """What is visible of each block; where that is not clear, some and not all."""
+def classify(mask: tree.Mask, grid: Grid) -> np.ndarray:
+    """NOTHING, SOME or ALL of each block: (B or 1, Hk or 1, group or 1, of rows, of keys).
+
+    Nothing and all are certain; of some blocks that are called partly visible nothing may be.
+    """
     some, everything = _sight(mask, grid)
-    batch, heads_q, heads_k, *_ = grid.shape
-    rows, keys = grid.rows[0].size, grid.keys[0].size
-    shape = np.broadcast_shapes(some.shape, everything.shape, (1, 1, 1, rows, keys))
-    return Sight(np.broadcast_to(some, shape), np.broadcast_to(everything, shape))
+    blocks = (grid.rows[0].size, grid.keys[0].size)
+    shape = np.broadcast_shapes(some.shape, everything.shape, (1, 1, 1, *blocks))
+    states = np.zeros(shape, np.uint8)
+    np.copyto(states, SOME, where=some)
+    np.copyto(states, ALL, where=everything)
+    return states
+
+
+class Sight(NamedTuple):
+    """What is visible of each block: (B or 1, Hk or 1, group or 1, blocks of rows, of keys)."""
+
+    some: np.ndarray  # False: nothing is; True: perhaps something
+    all: np.ndarray  # True: everything is; False: perhaps not
 
 
 @singledispatch

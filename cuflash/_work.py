@@ -69,35 +69,59 @@ class Work:
                 self.sinks = in_units_of_log2(problem.sinks, self.dtype).reshape(by_head)
         self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
         self.mask = None
-        if problem.mask is not None and problem.seqlen_k:
+        if problem.mask is None or not problem.seqlen_k:
+            self._cut(splits_rows)
+        else:
             self.mask = BlockMask.of(problem, MASK_BLOCK)
-        self._cut(splits_rows)
+            # Each tile of rows reads keys of its own choice: they are converted once, before.
+            self.k, self.v = (x.astype(self.dtype, copy=False) for x in (self.k, self.v))
+            self._cut_by_mask(splits_rows)
 
     def _cut(self, splits_rows: bool) -> None:
         """Choose the sizes of tiles and tasks."""
-        problem, mask, size = self.problem, self.mask, math.prod(TILE)
-        if mask is None:
-            self.members = self.group
-            rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
-            rows //= self.group
-        else:
-            rows, keys = MASK_BLOCK
-            self.members = min(self.group, size // (rows * keys)) if mask.shares_group else 1
-            keys *= min(TILE[1], size // (self.members * rows)) // keys
-        self.tile_rows = max(1, min(problem.seqlen_q, rows))
+        problem, size = self.problem, math.prod(TILE)
+        rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
+        self.members = self.group
+        self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
         self.tile_keys = max(1, min(problem.seqlen_k, keys))
-        tile_size = self.members * self.tile_rows * self.tile_keys
-        items = problem.batch * problem.heads_k * math.ceil(self.group / self.members)
+        tile_size = self.group * self.tile_rows * self.tile_keys
+        items = problem.batch * problem.heads_k
         tiles = math.ceil(problem.seqlen_q / self.tile_rows)
         # Several heads to a tile mean less Python, where there are enough tasks without them.
         tasks = items * tiles if splits_rows else items
         self.tile_heads = max(1, min(size // tile_size, tasks // self.many_tasks))
-        if mask is not None and not mask.shares_heads:
-            self.tile_heads = 1
         tasks_of_item = math.ceil(self.many_tasks * self.tile_heads / max(1, items))
-        self.task_rows = self.tile_rows * max(1, tiles // tasks_of_item)
+        self.tiles_of_task = max(1, tiles // tasks_of_item)
         self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
         self.ones = np.ones(self.tile_keys, self.dtype)
+
+    def _cut_by_mask(self, splits_rows: bool) -> None:
+        """Choose the same where it is the mask that says which rows and keys form a tile."""
+        problem, mask, size = self.problem, self.mask, math.prod(TILE)
+        rows, keys = MASK_BLOCK
+        self.members = min(self.group, size // (rows * keys)) if mask.shares_group else 1
+        # In blocks; a few keys above the size of a tile are no reason for another one.
+        tile_keys = max(1, min(TILE[1], size // (self.members * rows)) // keys)
+        self.most_keys = tile_keys + tile_keys // 4
+        self.most_rows = max(1, TILE[0] // (self.members * rows))
+        self.tile_heads = 1
+        items = problem.batch * problem.heads_k * math.ceil(self.group / self.members)
+        tiles = sum(len(item.row_tiles()) for item in self.items() if not any(item.start[1:]))
+        if mask.shares_heads:
+            mean_rows = problem.batch * problem.seqlen_q / max(1, tiles)
+            tile_size = self.members * mean_rows * tile_keys * keys
+            tasks = items * tiles // max(1, problem.batch) if splits_rows else items
+            self.tile_heads = max(1, min(int(size / tile_size), tasks // self.many_tasks))
+            self.most_rows = min(
+                self.most_rows,
+                max(1, size // (self.tile_heads * self.members * rows * tile_keys * keys)),
+            )
+        tasks_of_item = math.ceil(self.many_tasks * self.tile_heads / max(1, items))
+        self.tiles_of_task = max(1, tiles // max(1, problem.batch) // tasks_of_item)
+        rows = self.tile_heads * self.members * min(problem.seqlen_q, self.most_rows * rows)
+        keys = min(problem.seqlen_k, self.most_keys * keys)
+        self.scratch = Scratch(rows * keys, self.dtype)
+        self.ones = np.ones(keys, self.dtype)
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
@@ -186,7 +210,8 @@ class Tile:
             for (columns, _), run in zip(self.columns, self.runs, strict=True)
             if run.hidden is not None
         ]
-        return Hidden(self.item.group, parts) if parts else None
+        scattered = self.item.work.mask is not None
+        return Hidden(self.item.group, parts, scattered) if parts else None
 
     @property
     def bias(self) -> np.ndarray | None:
@@ -245,11 +270,29 @@ class Item:
     def band(self) -> Band:
         return self.work.bands[self.batch]
 
-    def pairs(self, rows: slice) -> int:
-        """About how many pairs of these rows and keys there are, masks aside."""
-        keys = self.band.keys_of(rows)
+    def row_tiles(self) -> list[slice]:
+        """The rows of each tile."""
+        work, rows = self.work, self.band.rows
+        if work.mask is None:
+            return list(blocks(slice(0, rows), work.tile_rows))
+        return work.mask.row_tiles(*self.start, rows, work.most_rows)
+
+    def pairs(self, row_tiles: list[slice]) -> int:
+        """About how many pairs of rows and keys these tiles of rows compute."""
         heads = (self.heads.stop - self.heads.start) * self.group
-        return heads * (rows.stop - rows.start) * max(0, keys.stop - keys.start)
+        if self.work.mask is not None:
+            return heads * sum(self.work.mask.pairs(*self.start, rows) for rows in row_tiles)
+        pairs = 0
+        for rows in row_tiles:
+            keys = self.band.keys_of(rows)
+            pairs += (rows.stop - rows.start) * max(0, keys.stop - keys.start)
+        return heads * pairs
+
+    def split(self, number: int, count: int) -> slice:
+        """One of `count` spans of the tiles of rows that compute about the same number of pairs."""
+        pairs = np.cumsum([0, *(1 + self.pairs([rows]) for rows in self.row_tiles())])
+        edges = np.searchsorted(pairs, pairs[-1] * np.array([number, number + 1]) // count)
+        return slice(*edges.tolist())
 
     def query(self, rows: slice, columns: int = 0) -> np.ndarray:
         """(heads, group * rows, D + columns), scaled."""
@@ -271,17 +314,21 @@ class Item:
 
     def masked_tiles(self, rows: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:
         """What a tile's rows see of all keys; key and value: of all keys."""
-        for runs in _filled(self._visible_runs(rows), self.work.tile_keys):
+        states = self.work.mask.states_of(*self.start, rows)
+        states = states[: -(-self.band.keys // MASK_BLOCK[1])]
+        seen = np.count_nonzero(states)
+        tiles = max(1, -(-seen // self.work.most_keys))
+        size = -(-seen // tiles) * MASK_BLOCK[1]
+        for runs in _filled(self._visible_runs(rows, states), size):
             yield Tile(self, rows, runs, _gathered(key, runs), _gathered(value, runs))
 
-    def _visible_runs(self, rows: slice) -> Iterator[Run]:
-        """The blocks of keys that the mask lets a tile's rows see some of."""
-        states = self.work.mask.states(*self.index, rows)[: -(-self.band.keys // MASK_BLOCK[1])]
+    def _visible_runs(self, rows: slice, states: np.ndarray) -> Iterator[Run]:
+        """The blocks of keys that a tile's rows see some of; states: of all blocks."""
         for state, keys in _stretches(states, self.band.keys):
             if state == ALL:
                 yield Run(keys, None)
             elif state != NOTHING:
-                for some in blocks(keys, self.work.tile_keys):
+                for some in blocks(keys, TILE[1]):
                     yield from self._evaluated(rows, some)
 
     def _evaluated(self, rows: slice, keys: slice) -> Iterator[Run]:
@@ -330,4 +377,9 @@ def _gathered(x: np.ndarray, runs: tuple[Run, ...]) -> np.ndarray:
             keys = slice(spans.pop().start, keys.stop)
         spans.append(keys)
     parts = [x[:, span] for span in spans]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+    if len(parts) == 1:
+        return parts[0]
+    if x.strides[0] > x.strides[1]:
+        return np.concatenate(parts, axis=1)
+    # Heads lie side by side in memory: they are copied together, and stay so.
+    return np.concatenate([part.swapaxes(0, 1) for part in parts]).swapaxes(0, 1)

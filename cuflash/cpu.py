@@ -29,6 +29,7 @@ from cuflash._arrays import (
     empty_like,
     exp2,
     hide,
+    hide_exponentials,
     in_units_of_log2,
     packed,
     product,
@@ -62,15 +63,17 @@ def attend(parts: list[tuple[Work, np.ndarray, np.ndarray]]) -> None:
             out[batch, band.rows :] = 0
         out, lse = work.by_key_head(out), work.rows_by_key_head(lse)
         for item in work.items():
-            for rows in blocks(slice(0, item.band.rows), work.task_rows):
-                tasks.append((item, rows, out[item.index], lse[item.index]))
+            tiles = item.row_tiles()
+            for first in range(0, len(tiles), work.tiles_of_task):
+                some = tiles[first : first + work.tiles_of_task]
+                tasks.append((item, some, out[item.index], lse[item.index]))
 
-    def run(task: tuple[Item, slice, np.ndarray, np.ndarray]) -> None:
+    def run(task: tuple[Item, list[slice], np.ndarray, np.ndarray]) -> None:
         with np.errstate(all="ignore"):
             _attend(*task)
 
     # What takes longest comes first: in a causal problem the last rows.
-    for_each(run, sorted(tasks, key=lambda task: (-task[0].pairs(task[1]), -task[1].start)))
+    for_each(run, sorted(tasks, key=lambda task: (-task[0].pairs(task[1]), -task[1][0].start)))
 
 
 def backward(gradient: GradientProblem) -> Gradients:
@@ -108,7 +111,7 @@ def differentiate(parts: list[GradientSums]) -> None:
 
     def cost(task: tuple[GradientSums, list[Item], int]) -> int:
         sums, family, _ = task
-        return sum(item.pairs(slice(0, item.band.rows)) for item in family) // sums.splits
+        return sum(item.pairs(item.row_tiles()) for item in family) // sums.splits
 
     for function, some in (
         (load, loads),
@@ -123,27 +126,26 @@ def _quietly(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         function(*arguments)
 
 
-def _attend(item: Item, rows: slice, out: np.ndarray, lse: np.ndarray) -> None:
+def _attend(item: Item, row_tiles: list[slice], out: np.ndarray, lse: np.ndarray) -> None:
     """Write some rows of out (heads, group, Sq, Dv) and lse (heads, group, Sq)."""
-    work, softmaxes = item.work, {}
-    for tile_rows in blocks(rows, work.tile_rows):
-        softmaxes[tile_rows.start] = _OnlineSoftmax(work, item.query(tile_rows))
-    for tile in _tiles_of(item, rows):
+    softmaxes = {rows.start: _OnlineSoftmax(item.work, item.query(rows)) for rows in row_tiles}
+    for tile in _tiles_of(item, row_tiles):
         softmaxes[tile.rows.start].step(tile)
-    for tile_rows in blocks(rows, work.tile_rows):
-        softmaxes[tile_rows.start].write(out[:, :, tile_rows], lse[:, :, tile_rows], item.sinks)
+    for rows in row_tiles:
+        softmaxes[rows.start].write(out[:, :, rows], lse[:, :, rows], item.sinks)
 
 
-def _tiles_of(item: Item, rows: slice) -> Iterator[Tile]:
-    """All that some rows see."""
+def _tiles_of(item: Item, row_tiles: list[slice]) -> Iterator[Tile]:
+    """All that some rows side by side see."""
     work, band = item.work, item.band
     if work.mask is None:
-        for keys in blocks(band.keys_of(rows), work.tile_keys):
-            yield from item.tiles(rows, keys, *item.keys_and_values(keys))
+        span = slice(row_tiles[0].start, row_tiles[-1].stop)
+        for keys in blocks(band.keys_of(span), work.tile_keys):
+            yield from item.tiles(span, keys, *item.keys_and_values(keys))
         return
     key, value = item.keys_and_values(slice(0, band.keys))
-    for tile_rows in blocks(rows, work.tile_rows):
-        yield from item.masked_tiles(tile_rows, key, value)
+    for rows in row_tiles:
+        yield from item.masked_tiles(rows, key, value)
 
 
 class _OnlineSoftmax:
@@ -159,7 +161,7 @@ class _OnlineSoftmax:
     def step(self, tile: Tile) -> None:
         """Attend to one more tile of keys."""
         hidden = tile.hidden
-        probs = hide(exp2(self.scores(tile)), hidden, 0)
+        probs = hide_exponentials(exp2(self.scores(tile)), hidden)
         total = probs @ self.work.ones[: probs.shape[-1]]
         if not self.in_range(total, probs.shape, hidden):
             scores = hide(self.scores(tile), hidden, -np.inf)
@@ -249,12 +251,15 @@ def _differentiate(item: Item, operands: _Operands, sums: GradientSums, split: i
 
 
 def _differentiate_masked(item: Item, operands: _Operands, sums: GradientSums, split: int) -> None:
-    """Add what one split of the blocks of rows contributes to the gradients of some heads."""
+    """Add what one split of the tiles of rows contributes to the gradients of some heads."""
     work, (key, value) = item.work, operands.keys
-    some = work.mask.split_of_rows(*item.index, split, sums.splits)
-    span = work.mask.span_of_keys(*item.index, some)
+    row_blocks = operands.row_blocks[item.split(split, sums.splits)]
+    if not row_blocks:
+        return
+    rows = slice(row_blocks[0].rows.start, row_blocks[-1].rows.stop)
+    span = work.mask.span_of_keys(*item.start, rows)
     dkey, dvalue = (np.zeros_like(x[:, span, :-1]) for x in (key, value))
-    for block in operands.row_blocks[some]:
+    for block in row_blocks:
         dquery = np.zeros(block.query[..., :-1].shape, work.dtype)
         for tile in item.masked_tiles(block.rows, key, value):
             of_query, of_key, of_value = _gradients_of(tile, block, sums, split)
@@ -294,8 +299,7 @@ class _Operands:
         if work.mask is not None:
             key, value = item.keys_and_values(slice(0, item.band.keys))
             keys = tuple(packed(x[:, None], work.dtype, columns=1) for x in (key, value))
-        rows = blocks(slice(0, item.band.rows), work.tile_rows)
-        return cls([_RowBlock.load(item, gradient, some) for some in rows], keys)
+        return cls([_RowBlock.load(item, gradient, rows) for rows in item.row_tiles()], keys)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +347,7 @@ class _RowBlock:
             scores += self.query[..., -1:]
         else:
             scores = _scores(tile, self.query, tile.key)
-        probs, taken = hide(exp2(scores), tile.hidden, 0), dropped(tile)
+        probs, taken = hide_exponentials(exp2(scores), tile.hidden), dropped(tile)
         dscores = work.scratch.array(1, shape)
         np.matmul(self.dout, transposed(tile.value), out=dscores)
         drop(dscores, taken, self.dout[..., -1:])
@@ -372,9 +376,10 @@ class GradientSums:
         inputs = (problem.q, problem.k, problem.v)
         self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
         masked = work.mask is not None
-        tiles = math.ceil(problem.seqlen_k / work.tile_keys)
         if masked:
-            tiles = math.ceil(problem.seqlen_q / work.tile_rows)
+            tiles = max((len(item.row_tiles()) for item in work.items()), default=1)
+        else:
+            tiles = math.ceil(problem.seqlen_k / work.tile_keys)
         self.splits = max(1, min(tiles, work.many_tasks // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         # With a mask splits of the rows share dk and dv: each keeps its part until the end.

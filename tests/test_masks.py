@@ -15,7 +15,7 @@ import threadpoolctl
 
 import cuflash
 from cuflash import _mask_blocks, _work, cpu, masks, reference
-from cuflash._mask_blocks import Grid, classify
+from cuflash._mask_blocks import ALL, NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -330,15 +330,13 @@ def test_classification_is_never_wrong(rng: np.random.Generator, kind: str) -> N
         counts = blocks_of(reference._visible(q, k, False, None, None, None, None, mask))
         sizes = blocks_of(np.ones((2, 4, 70, 90), bool))
         grid = Grid(ScoresShape(2, 4, 2, 70, 90), np.array([20, 20]), (BLOCK, BLOCK))
-        some, everything = (
-            np.broadcast_to(x, (2, 2, 2, *x.shape[3:])).reshape(counts.shape)
-            for x in classify(mask, grid)
-        )
-        assert not counts[~some].any()
-        assert (counts == sizes)[everything].all()
+        states = classify(mask, grid)
+        states = np.broadcast_to(states, (2, 2, 2, *states.shape[3:])).reshape(counts.shape)
+        assert not counts[states == NOTHING].any()
+        assert (counts == sizes)[states == ALL].all()
         if kind in sure:
-            np.testing.assert_array_equal(some, counts > 0)
-            np.testing.assert_array_equal(everything, counts == sizes)
+            np.testing.assert_array_equal(states != NOTHING, counts > 0)
+            np.testing.assert_array_equal(states == ALL, counts == sizes)
 
 
 def test_tiles_gather_blocks_that_lie_apart(
