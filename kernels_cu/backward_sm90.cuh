@@ -219,7 +219,7 @@ DEVICE void hide(float (&acc)[1][kN][4], const VisibleOf<false>& visible) {
 template <int kN>
 DEVICE void hide(float (&acc)[1][kN][4], const VisibleOf<true>& visible) {
   for_each(acc, [&](float& x, int m, int n, int e) {
-    if (!bit_of<kN>(visible.bits, m, n, e)) x = 0.f;
+    if (!bit_of<1>(visible.bits, m, n, e)) x = 0.f;
   });
 }
 
@@ -367,7 +367,7 @@ struct BackwardConsumer {
           p = exp2_approx(score * scores.factor() - lse_of_query);
         if constexpr (kGradients && !kHasTerms) derivative = scores.derivative(score);
         if constexpr (kGradients && kDropout) {
-          const bool keep = bit_of<kQueries / 8>(kept, 0, n, e);
+          const bool keep = bit_of<1>(kept, 0, n, e);
           ds = p * (dropout.apply(ds, keep) - delta_of_query) * derivative;
           p = dropout.apply(p, keep);
         } else if constexpr (kGradients) {

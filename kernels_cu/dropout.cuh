@@ -38,7 +38,7 @@ struct Dropout {
     return (query_half ? high : low) >= drop_below;
   }
 
-  // As Places::visible: bit (m kN + n) 4 + e of accumulator [m][n][e], whether it is kept.
+  // As Places::visible: whether each accumulator is kept.
   template <int kM, int kN, bool kTransposed>
   DEVICE u64 kept(const Places<kTransposed>& places) const {
     static_assert(kM * kN * 4 <= 64, "a bit for each accumulator");
@@ -46,20 +46,20 @@ struct Dropout {
     if constexpr (kPackGroup) {  // a row's neighbours are other heads: a call for every element
 #pragma unroll 1
       for (int index = 0; index < kM * kN * 4; index++) {
-        const Place at = places.pair(index / (4 * kN), index / 4 % kN, index % 4);
+        const Place at = places.pair(index / 4 % kM, index / (4 * kM), index % 4);
         bits |= (u64)keeps(words(at), at.i / 8 % 2, at.j / 8 % 2) << index;
       }
     } else {
 #pragma unroll 1
       for (int index = 0; index < kM * kN; index++) {
-        const int m = index / kN, n = index % kN / 2 * 2, e = index % 2;
+        const int n = index / (2 * kM) * 2, m = index / 2 % kM, e = index % 2;
         const uint4 four = words(places.pair(m, n, e));
 #pragma unroll
         for (int half = 0; half < 4; half++) {
           const int row_half = half / 2, column_half = half % 2;
           const bool kept = keeps(four, kTransposed ? column_half : row_half,
                                   kTransposed ? row_half : column_half);
-          bits |= (u64)kept << ((m * kN + n + column_half) * 4 + e + 2 * row_half);
+          bits |= (u64)kept << (((n + column_half) * kM + m) * 4 + e + 2 * row_half);
         }
       }
     }
@@ -73,6 +73,6 @@ struct Dropout {
   DEVICE void apply(float (&p_acc)[kM][kN][4], const Places<false>& places) const {
     const u64 bits = kept<kM, kN>(places);
     for_each(p_acc,
-             [&](float& p, int m, int n, int e) { p = apply(p, bit_of<kN>(bits, m, n, e)); });
+             [&](float& p, int m, int n, int e) { p = apply(p, bit_of<kM>(bits, m, n, e)); });
   }
 };

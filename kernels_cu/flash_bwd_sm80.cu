@@ -107,7 +107,7 @@ DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& s
                                      ? scores.with_terms(score, places.at(m, n, e), derivative)
                                      : score * scores.factor();
         const float prob = exp2_approx(score_log2 - lse_log2);
-        const bool keep = bit_of<ScoreGrid::kN>(kept, m, n, e);
+        const bool keep = bit_of<ScoreGrid::kM>(kept, m, n, e);
         const float dprob = kDropout ? dropout.apply(dp[m][n][e], keep) : dp[m][n][e];
         s[m][n][e] = kDropout ? dropout.apply(prob, keep) : prob;
         dp[m][n][e] = prob * (dprob - delta) * derivative;

@@ -33,25 +33,30 @@ struct Places {
             wanted ? opaque(first_key) : first_key};
   }
 
-  // Bit (m kN + n) 4 + e: whether accumulator [m][n][e] is a visible pair. A loop that is not
-  // unrolled: the tree's code stands here once, beside accumulators that fill the registers.
+  // Whether each accumulator is a visible pair, for bit_of(). The loop over n is not unrolled: the
+  // tree's code stands beside accumulators that fill the registers.
   template <int kM, int kN>
   DEVICE u64 visible() const {
     static_assert(kM * kN * 4 <= 64, "a bit for each accumulator");
     u64 bits = 0;
 #pragma unroll 1
-    for (int index = 0; index < kM * kN * 4; index++) {
-      const int m = index / (4 * kN), n = index / 4 % kN, e = index % 4;
-      bits |= (u64)mask.visible(head, row(m, n, e), key(m, n, e)) << index;
+    for (int n = 0; n < kN; n++) {
+      u32 of_n = 0;
+#pragma unroll
+      for (int m = 0; m < kM; m++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          of_n |= (u32)mask.visible(head, row(m, n, e), key(m, n, e)) << (4 * m + e);
+      bits |= (u64)of_n << (4 * kM * n);
     }
     return bits;
   }
 };
 
-// Of accumulator [m][n][e] among such bits.
-template <int kN>
+// Of accumulator [m][n][e] of kM times any, among bits in the order n, m, e.
+template <int kM>
 DEVICE bool bit_of(u64 bits, int m, int n, int e) {
-  return bits >> ((m * kN + n) * 4 + e) & 1;
+  return bits >> ((n * kM + m) * 4 + e) & 1;
 }
 
 // Calls f(accumulator, m, n, e) for those that the mask forbids.
@@ -60,7 +65,7 @@ DEVICE void for_each_hidden(float (&acc)[kM][kN][4], const Places<false>& places
   if constexpr (kHasTree) {
     const u64 visible = places.visible<kM, kN>();
     for_each(acc, [&](float& x, int m, int n, int e) {
-      if (!bit_of<kN>(visible, m, n, e)) f(x, m, n, e);
+      if (!bit_of<kM>(visible, m, n, e)) f(x, m, n, e);
     });
   } else {
     Interval keys[kM][2];
