@@ -11,7 +11,7 @@ from cuflash import _jit, _plan, reference
 from cuflash.__main__ import main
 from cuflash._checks import BFLOAT16, FLOAT64
 from cuflash._plan import Kernel
-from cuflash.cli import bench, check, compile, contenders, extras, oracle, timing
+from cuflash.cli import bench, check, compile, contenders, extras, oracle, suites, tables, timing
 from cuflash.cli.cases import Case, spread
 from cuflash.cli.cells import Cell
 
@@ -70,7 +70,8 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "command", [["check"], ["bench"], ["bench", "--suite", "backward", "--quick"], ["compile"]]
+    "command",
+    [["check"], ["bench"], ["bench", "--suite", "masks", "--quick"], ["compile"]],
 )
 def test_without_a_gpu_a_command_says_what_it_needs(gpus, capsys, command):
     gpus()
@@ -449,7 +450,7 @@ def test_flops_count_the_visible_pairs(causal):
 
 
 def test_the_grid_holds_tokens_and_width():
-    cells = list(bench._cells("forward", quick=False))
+    cells = list(suites.cells("forward", quick=False))
     assert len(cells) == 30
     assert {cell.batch * cell.seqlen for cell in cells} == {16384}
     assert {cell.heads * cell.head_dim for cell in cells} == {2048}
@@ -459,7 +460,7 @@ def test_the_grid_holds_tokens_and_width():
 
 
 def test_bench_on_the_cpu_leaves_a_table_and_a_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "CPU_SHAPES", ((1, 32, 2, 8, True),))
+    monkeypatch.setattr(suites, "CPU_SHAPES", ((1, 32, 2, 8, True),))
     monkeypatch.setattr(contenders, "gemm_tflops_cpu", lambda: (0.5, "numpy float32"))
     output = tmp_path / "cpu.json"
     command = ["bench", "--suite", "cpu", "--seconds", "0.01", "--output", str(output)]
@@ -481,7 +482,7 @@ def test_bench_records_why_a_peer_is_absent(tmp_path, monkeypatch, capsys):
     factories = {**contenders.cpu_contenders(), "torch": absent}
     monkeypatch.setattr(contenders, "cpu_contenders", lambda: factories)
     monkeypatch.setattr(contenders, "gemm_tflops_cpu", lambda: (0.5, "numpy float32"))
-    monkeypatch.setattr(bench, "CPU_SHAPES", ((1, 32, 2, 8, False),))
+    monkeypatch.setattr(suites, "CPU_SHAPES", ((1, 32, 2, 8, False),))
     output = tmp_path / "cpu.json"
     assert main(["bench", "--suite", "cpu", "--seconds", "0.01", "--output", str(output)]) == 0
     results = json.loads(output.read_text())["cells"][0]["results"]
@@ -551,6 +552,6 @@ def test_the_table_compares_with_the_best_peer():
         "gemm": {"tflops": 600.0, "by": "torch bfloat16"},
         "cells": [{**cell, "results": results}],
     }
-    table = bench._table(report)
+    table = tables.table(report)
     assert "| forward | 128 | 1024 | no | 450 | 75 % | 500 | 300 | – | 0.90 |" in table
     assert table.endswith("jax cudnn: ImportError: no jax")

@@ -12,7 +12,7 @@ import pytest
 from emulator import load
 
 from cuflash import reference
-from cuflash.cli import bench, contenders
+from cuflash.cli import contenders, suites
 from cuflash.cli.cells import Cell, Inputs
 from cuflash.cli.timing import HostClock
 
@@ -29,7 +29,7 @@ DIRECTIONS = ("forward", "backward")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("head_dim", bench.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", suites.HEAD_DIMS)
 def test_the_small_tiles_fit_every_head_size(direction: str, head_dim: int) -> None:
     assert compiled(direction, head_dim, SMALL).smem_bytes <= HOPPER_SMEM_BYTES
 

@@ -11,29 +11,28 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import cuflash
-from cuflash import _jit
+from cuflash import _jit, _plan
 from cuflash._checks import BFLOAT16
-from cuflash.cli import contenders
-from cuflash.cli.cells import Cell, Inputs
-from cuflash.cli.contenders import OURS, Factory
+from cuflash._problem import Problem
+from cuflash._work import MASK_BLOCK
+from cuflash.cli import contenders, suites, tables
+from cuflash.cli.cells import PRODUCTS, Cell, Inputs
+from cuflash.cli.contenders import COMPILED, DENSE, OURS, OWN, Factory
 from cuflash.cli.gpus import CommandError, driver_version, require_gpu
 from cuflash.cli.progress import progress, say
+from cuflash.cli.rules import Tile
 from cuflash.cli.timing import measure, warm_up
 
-TOKENS, WIDTH = 16384, 2048  # B * S and H * D of every cell on a GPU
-LENGTHS = (1024, 2048, 4096, 8192, 16384)
-HEAD_DIMS = (64, 128, 256)
-CPU_SHAPES = ((1, 2048, 8, 64, False), (1, 2048, 8, 64, True), (2, 512, 12, 64, False))
-CPU_SHAPES += ((1, 4096, 4, 128, True),)  # batch, length, heads, head size, causal
 PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "torch", "jax", "triton", "nvidia-cudnn-cu13")
 CHECKOUT = Path(cuflash.__file__).resolve().parent.parent
 
@@ -41,7 +40,7 @@ CHECKOUT = Path(cuflash.__file__).resolve().parent.parent
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("bench", help="speed beside the peers that are installed")
     add = parser.add_argument
-    add("--suite", choices=("forward", "backward", "cpu"), default="forward")
+    add("--suite", choices=(*suites.GPU_SUITES, *suites.CPU_SUITES), default="forward")
     add("--quick", action="store_true", help="a few cells of the grid")
     add("--peers", nargs="*", help="only these, by the names of the table's columns")
     add("--seconds", type=_seconds, default=0.5, help="for each contender in each cell")
@@ -51,29 +50,61 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(options: argparse.Namespace) -> int:
-    cells = list(_cells(options.suite, options.quick))
-    if options.suite == "cpu":
-        factories, machine = contenders.cpu_contenders(), _cpu()
-    else:
-        cupy = require_gpu("bench")
-        factories, machine = contenders.gpu_contenders(cupy), _gpu(cupy)
+    cells = list(suites.cells(options.suite, options.quick))
+    bench = _on_cpu(options.suite) if options.suite in suites.CPU_SUITES else _on_gpu(options.suite)
     # Whatever is wrong with the arguments is said before the measurement, which takes minutes.
-    factories = _chosen(factories, options.peers)
-    output = options.output or _default_output(options.suite, machine["device"])
+    factories = _chosen(bench.factories, options.peers)
+    output = options.output or _default_output(options.suite, bench.machine["device"])
     _require_writable(output)
-    if options.suite == "cpu":
-        gemm, inputs_of = contenders.gemm_tflops_cpu(), _cpu_inputs
-    else:
-        gemm, inputs_of = contenders.gemm_tflops_gpu(cupy), _gpu_inputs(cupy)
+    gemm, make = bench.gemm(), bench.inputs(cells)
     rows = []
     for cell in progress(cells, len(cells), "cell"):
-        rows.append(_run_cell(cell, factories, inputs_of(cell), options.seconds))
-        say(f"{cell}: {_rates(rows[-1])}")
-    report = _report(options, machine, gemm, rows)
+        inputs = make(cell)
+        row = _run_cell(cell, factories, inputs, options.seconds)
+        if options.suite in suites.MASK_SUITES:
+            _add_shares(row, cell, bench.tiles(cell, inputs))
+        rows.append(row)
+        say(f"{cell}: {tables.rates(row['results'])}")
+    report = _report(options, bench.machine, gemm, rows)
     output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(_table(report))
+    print(tables.table(report))
     print(f"\n{output}")
     return 1 if any("error" in row["results"][OURS] for row in rows) else 0
+
+
+class Bench(NamedTuple):
+    """What differs between a GPU and the CPU."""
+
+    factories: dict[str, Factory]
+    machine: dict[str, Any]
+    gemm: Callable[[], tuple[float, str]]
+    inputs: Callable[[list[Cell]], Callable[[Cell], Inputs]]
+    tiles: Callable[[Cell, Inputs], dict[str, Tile]]
+
+
+def _on_gpu(suite: str) -> Bench:
+    cupy = require_gpu("bench")
+    masked = suite in suites.MASK_SUITES
+    of_suite = contenders.gpu_mask_contenders if masked else contenders.gpu_contenders
+    return Bench(
+        factories=of_suite(cupy),
+        machine=_gpu(cupy),
+        gemm=partial(contenders.gemm_tflops_gpu, cupy),
+        inputs=partial(_gpu_inputs, cupy),
+        tiles=partial(_gpu_tiles, int(cupy.cuda.Device().compute_capability)),
+    )
+
+
+def _on_cpu(suite: str) -> Bench:
+    masked = suite in suites.MASK_SUITES
+    of_suite = contenders.cpu_mask_contenders if masked else contenders.cpu_contenders
+    return Bench(
+        factories=of_suite(),
+        machine=_cpu(),
+        gemm=contenders.gemm_tflops_cpu,
+        inputs=lambda cells: _cpu_inputs,
+        tiles=lambda cell, inputs: dict.fromkeys(PRODUCTS, Tile(*MASK_BLOCK)),
+    )
 
 
 def _seconds(text: str) -> float:
@@ -92,9 +123,9 @@ def _chosen(factories: dict[str, Factory], peers: list[str] | None) -> dict[str,
         return factories
     unknown = [repr(name) for name in peers if name not in factories]
     if unknown:
-        known = ", ".join(repr(name) for name in factories if name != OURS)
+        known = ", ".join(repr(name) for name in factories if name not in OWN)
         raise CommandError(f"bench: --peers has {', '.join(unknown)}; expected some of {known}")
-    return {name: make for name, make in factories.items() if name == OURS or name in peers}
+    return {n: make for n, make in factories.items() if n in OWN or n in peers}
 
 
 def _require_writable(output: Path) -> None:
@@ -110,19 +141,6 @@ def _require_writable(output: Path) -> None:
         output.unlink()
 
 
-def _cells(suite: str, quick: bool) -> Iterator[Cell]:
-    if suite == "cpu":
-        for batch, seqlen, heads, head_dim, causal in CPU_SHAPES[:1] if quick else CPU_SHAPES:
-            for direction in ("forward", "forward+backward"):
-                yield Cell(direction, "float32", batch, seqlen, heads, head_dim, causal)
-        return
-    for head_dim in (128,) if quick else HEAD_DIMS:
-        for causal in (False, True):
-            for seqlen in (2048, 16384) if quick else LENGTHS:
-                heads = WIDTH // head_dim
-                yield Cell(suite, "bfloat16", TOKENS // seqlen, seqlen, heads, head_dim, causal)
-
-
 def _run_cell(
     cell: Cell, factories: dict[str, Factory], inputs: Inputs, seconds: float
 ) -> dict[str, Any]:
@@ -136,29 +154,70 @@ def _run_cell(
             ready.pop(name, None)
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     for name, timing in (measure(ready, seconds) if ready else {}).items():
-        tflops = cell.flops / timing.median_ms / 1e9
+        flops = cell.dense.flops if name == DENSE else cell.flops
+        tflops = flops / timing.median_ms / 1e9
         results[name] = {**dataclasses.asdict(timing), "tflops": float(f"{tflops:.4g}")}
-    return {**dataclasses.asdict(cell), "flops": cell.flops, "results": results}
+        if ready[name].preparation_ms is not None:
+            results[name]["preparation_ms"] = ready[name].preparation_ms
+    problem = dataclasses.asdict(dataclasses.replace(cell, rule=None))
+    problem["rule"] = str(cell.rule or "")
+    return {**problem, "flops": cell.flops, "results": results}
 
 
-def _rates(row: dict[str, Any]) -> str:
-    results = row["results"].items()
-    return ", ".join(f"{name} {result.get('tflops', 'absent')}" for name, result in results)
+def _add_shares(row: dict[str, Any], cell: Cell, tiles: dict[str, Tile]) -> None:
+    """The visible tiles, and ours beside that share of our dense time."""
+    results, share = row["results"], cell.share(tiles)
+    row |= {"tiles": tiles, "share": share}
+    for name in (OURS, COMPILED):
+        times = [results[n].get("median_ms") for n in (name, DENSE)]
+        if all(times) and share:
+            results[name]["over_share"] = float(f"{times[0] / (share * times[1]):.4g}")
 
 
-def _gpu_inputs(cupy: Any) -> Callable[[Cell], Inputs]:
-    """All cells have equally many elements, so the numbers travel to the GPU once."""
+def _gpu_inputs(cupy: Any, cells: list[Cell]) -> Callable[[Cell], Inputs]:
+    """The largest cell's numbers travel to the GPU once, and serve all cells."""
     rng = np.random.default_rng(0)
-    flat = [
-        cupy.asarray(rng.standard_normal(TOKENS * WIDTH, np.float32).astype(BFLOAT16))
-        for _ in range(4)
-    ]
-    return lambda cell: Inputs(*(x.reshape(cell.shape) for x in flat))
+    size = max(math.prod(cell.shape) for cell in cells)
+    flat = [cupy.asarray(rng.standard_normal(size, np.float32).astype(BFLOAT16)) for _ in range(4)]
+
+    def inputs(cell: Cell) -> Inputs:
+        arrays = (x[: math.prod(cell.shape)].reshape(cell.shape) for x in flat)
+        of_rule = {name: cupy.asarray(x) for name, x in _arrays_of_rule(cell).items()}
+        bias = _bias(cell)
+        return Inputs(*arrays, of_rule, None if bias is None else cupy.asarray(bias))
+
+    return inputs
 
 
 def _cpu_inputs(cell: Cell) -> Inputs:
     rng = np.random.default_rng(0)
-    return Inputs(*(rng.standard_normal(cell.shape, np.float32) for _ in range(4)))
+    arrays = (rng.standard_normal(cell.shape, np.float32) for _ in range(4))
+    return Inputs(*arrays, _arrays_of_rule(cell), _bias(cell))
+
+
+def _arrays_of_rule(cell: Cell) -> dict[str, np.ndarray]:
+    return cell.rule.arrays(cell.seqlen) if cell.rule else {}
+
+
+def _bias(cell: Cell) -> np.ndarray | None:
+    if not cell.bias:
+        return None
+    shape = (cell.heads, cell.seqlen, cell.seqlen)
+    return np.random.default_rng(0).standard_normal(shape, np.float32).astype(cell.dtype)
+
+
+def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:
+    """Of the kernels that serve a cell, whose arrays are aligned."""
+    mask = cell.rule.mask(**inputs.of_rule) if cell.rule else None
+    arrays = (inputs.q, inputs.k, inputs.v)
+    options = {"causal": cell.causal, "mask": mask, "bias": inputs.bias}
+    problem = Problem.create("bench", "cuda", *arrays, **options)
+    traits = _plan.Traits.of(problem, _plan.TMA_BYTES, tma=True)
+    plans = {
+        "forward": _plan.forward_plan(traits, capability),
+        "backward": _plan.backward_plan(traits, capability, deterministic=True),
+    }
+    return {n: Tile(plan.tiling.block_q, plan.tiling.block_kv) for n, plan in plans.items()}
 
 
 def _gpu(cupy: Any) -> dict[str, Any]:
@@ -229,45 +288,3 @@ def _default_output(suite: str, device: str) -> Path:
             folder.mkdir(parents=True, exist_ok=True)
     slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
     return folder / f"{datetime.date.today().isoformat()}-{slug}-{suite}.json"
-
-
-def _table(report: dict[str, Any]) -> str:
-    """Markdown: the rate of each, and ours as a share of the matrix product and of the best."""
-    rows = report["cells"]
-    peers = list(dict.fromkeys(name for row in rows for name in row["results"] if name != OURS))
-    gemm = report["gemm"]
-    heads = ["", "D", "S", "causal", OURS, "of GEMM", *peers, "to best peer"]
-    lines = [
-        f"{report['device']}, {report['date']}, TFLOP/s; "
-        f"matrix product: {gemm['tflops']:.4g} ({gemm['by']})",
-        "",
-        "| " + " | ".join(heads) + " |",
-        "|" + " --- |" * len(heads),
-    ]
-    for row in rows:
-        results = row["results"]
-        rates = {name: result.get("tflops") for name, result in results.items()}
-        ours = rates[OURS]
-        best = max((rates[p] for p in peers if rates.get(p)), default=None)
-        columns = [
-            row["direction"],
-            str(row["head_dim"]),
-            str(row["seqlen"]),
-            "yes" if row["causal"] else "no",
-            _number(ours),
-            f"{100 * ours / gemm['tflops']:.0f} %" if ours else "–",
-            *(_number(rates.get(peer)) for peer in peers),
-            f"{ours / best:.2f}" if ours and best else "–",
-        ]
-        lines.append("| " + " | ".join(columns) + " |")
-    failures = {
-        f"{name}: {result['error']}"
-        for row in rows
-        for name, result in row["results"].items()
-        if "error" in result
-    }
-    return "\n".join([*lines, *(["", *sorted(failures)] if failures else [])])
-
-
-def _number(rate: float | None) -> str:
-    return "–" if rate is None else f"{rate:.4g}"

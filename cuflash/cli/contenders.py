@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,12 @@ import numpy as np
 import cuflash
 from cuflash.cli.cells import Cell, Inputs
 from cuflash.cli.timing import Contender, HostClock, StreamClock, measure
+from cuflash.masks import Mask
 
 OURS = "cuflash"
+COMPILED = "cuflash compiled"  # its mask is classified before the timing
+DENSE = "cuflash dense"  # all pairs visible, no bias
+OWN = (OURS, COMPILED, DENSE)
 JAX_QUEUE = 10  # calls in flight, so that JAX's dispatch hides behind the kernels
 
 
@@ -23,21 +28,40 @@ Factory = Callable[[Cell, Inputs], Contender]
 def gpu_contenders(cupy: Any) -> dict[str, Factory]:
     """By name; a factory fails where its library is absent or cannot do the cell."""
     clock = StreamClock(cupy)
-    wait_for_all = cupy.cuda.runtime.deviceSynchronize
     return {
         OURS: partial(_cuflash, clock),
         "torch cudnn": partial(_torch_sdpa, clock, "CUDNN_ATTENTION"),
         "torch flash": partial(_torch_sdpa, clock, "FLASH_ATTENTION"),
         "torch efficient": partial(_torch_sdpa, clock, "EFFICIENT_ATTENTION"),
         "torch flex": partial(_torch_flex, clock),
-        "jax cudnn": partial(_jax_cudnn, wait_for_all),
+        "jax cudnn": partial(_jax, "cudnn", cupy.cuda.runtime.deviceSynchronize),
         "triton": partial(_triton, clock),
     }
+
+
+def gpu_mask_contenders(cupy: Any) -> dict[str, Factory]:
+    """Ours, and those of them that take masks and a bias."""
+    every = gpu_contenders(cupy)
+    names = ("torch flex", "torch efficient", "torch cudnn", "jax cudnn")
+    return _own(StreamClock(cupy)) | {name: every[name] for name in names}
 
 
 def cpu_contenders() -> dict[str, Factory]:
     """By name, for NumPy arrays."""
     return {OURS: partial(_cuflash, HostClock()), "torch": partial(_torch_cpu, HostClock())}
+
+
+def cpu_mask_contenders() -> dict[str, Factory]:
+    """Likewise, for masks."""
+    return _own(HostClock()) | {"torch": partial(_torch_cpu, HostClock())}
+
+
+def _own(clock: Any) -> dict[str, Factory]:
+    return {
+        OURS: partial(_cuflash, clock),
+        COMPILED: partial(_cuflash_compiled, clock),
+        DENSE: lambda cell, inputs: _cuflash(clock, cell.dense, inputs),
+    }
 
 
 def gemm_tflops_gpu(cupy: Any, size: int = 8192) -> tuple[float, str]:
@@ -67,16 +91,30 @@ def _tflops(contender: Contender, size: int) -> float:
 
 
 def _cuflash(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    mask = cell.rule.mask(**inputs.of_rule) if cell.rule else None
+    return _cuflash_with(mask, clock, cell, inputs)
+
+
+def _cuflash_compiled(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    if cell.rule is None:
+        raise ValueError("the cell has no mask to compile")
+    mask = cell.rule.mask(**inputs.of_rule).compile(inputs.q, inputs.k)
+    return _cuflash_with(mask, clock, cell, inputs)
+
+
+def _cuflash_with(mask: Mask | None, clock: Any, cell: Cell, inputs: Inputs) -> Contender:
     q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
+    options = {"causal": cell.causal, "mask": mask}
+    options |= {"bias": inputs.bias} if cell.bias else {}
     if cell.direction == "forward":
-        return Contender(partial(cuflash.attention, q, k, v, causal=cell.causal), clock)
+        return Contender(partial(cuflash.attention, q, k, v, **options), clock)
     if cell.direction == "backward":
-        out, lse = cuflash.attention(q, k, v, causal=cell.causal, return_lse=True)
-        backward = partial(cuflash.attention_backward, dout, q, k, v, out, lse, causal=cell.causal)
+        out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
+        backward = partial(cuflash.attention_backward, dout, q, k, v, out, lse, **options)
         return Contender(backward, clock)
 
     def both() -> Any:
-        _, pullback = cuflash.attention_vjp(q, k, v, causal=cell.causal)
+        _, pullback = cuflash.attention_vjp(q, k, v, **options)
         return pullback(dout)
 
     return Contender(both, clock)
@@ -86,11 +124,53 @@ def _torch_sdpa(clock: Any, backend: str, cell: Cell, inputs: Inputs) -> Contend
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
+    term = _torch_term(cell, inputs)
+    causal = cell.causal and term is None
+
     def attention(q: Any, k: Any, v: Any) -> Any:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return scaled_dot_product_attention(q, k, v, is_causal=cell.causal)
+            return scaled_dot_product_attention(q, k, v, attn_mask=term, is_causal=causal)
 
-    return _torch(clock, attention, cell, inputs)
+    return _torch(clock, attention, cell, inputs, term)
+
+
+def _torch_cpu(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    from torch.nn.functional import scaled_dot_product_attention
+
+    term = _torch_term(cell, inputs)
+    causal = cell.causal and term is None
+    attention = partial(scaled_dot_product_attention, attn_mask=term, is_causal=causal)
+    return _torch(clock, attention, cell, inputs, term)
+
+
+def _torch_term(cell: Cell, inputs: Inputs) -> Any:
+    """What stands for mask and bias, in q's dtype: made beforehand, as no call has to."""
+    import torch
+
+    if cell.bias:
+        bias = torch.from_dlpack(inputs.bias)[None]
+        return bias.requires_grad_(cell.bias == "learned")
+    if cell.rule is None:
+        return None
+    q = torch.from_dlpack(inputs.q)
+    i = torch.arange(cell.seqlen, device=q.device)[:, None]
+    visible = _torch_rule(cell, inputs)(None, None, i, i.T).expand(cell.seqlen, cell.seqlen)
+    return torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
+
+
+def _torch_rule(cell: Cell, inputs: Inputs) -> Callable[..., Any]:
+    """The visible pairs as FlexAttention's mask_mod."""
+    import torch
+
+    arrays = {name: torch.from_dlpack(x) for name, x in inputs.of_rule.items()}
+
+    def sees(b: Any, h: Any, i: Any, j: Any) -> Any:
+        if cell.rule is None:
+            return i >= j
+        visible = cell.rule.sees(i, j, **arrays)
+        return visible & (i >= j) if cell.causal else visible
+
+    return sees
 
 
 def _torch_flex(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
@@ -98,21 +178,30 @@ def _torch_flex(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch._dynamo.reset()  # else a limit on recompiles turns later cells to eager execution
-    mask = None
-    if cell.causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, cell.seqlen, cell.seqlen)
-    attention = partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
-    return _torch(clock, attention, cell, inputs)
+    options, preparation_ms, bias = {}, None, None
+    if cell.causal or cell.rule:
+        create = partial(
+            torch.compile(create_block_mask),
+            *(_torch_rule(cell, inputs), None, None, cell.seqlen, cell.seqlen),
+            device=str(torch.from_dlpack(inputs.q).device),
+        )
+        options["block_mask"] = create()
+        preparation_ms = clock.time(create)()
+    if cell.bias:
+        bias = _torch_term(cell, inputs)
+        options["score_mod"] = lambda score, b, h, i, j: score + bias[0, h, i, j]
+    attention = partial(torch.compile(flex_attention, dynamic=False), **options)
+    contender = _torch(clock, attention, cell, inputs, bias)
+    return replace(contender, preparation_ms=preparation_ms)
 
 
-def _torch_cpu(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
-    from torch.nn.functional import scaled_dot_product_attention
+def _torch(
+    clock: Any, attention: Callable[..., Any], cell: Cell, inputs: Inputs, term: Any = None
+) -> Contender:
+    """Torch's functions take (B, H, S, D): views of the same memory.
 
-    return _torch(clock, partial(scaled_dot_product_attention, is_causal=cell.causal), cell, inputs)
-
-
-def _torch(clock: Any, attention: Callable[..., Any], cell: Cell, inputs: Inputs) -> Contender:
-    """Torch's functions take (B, H, S, D): views of the same memory."""
+    `term`: what attention adds to the scores, of which a gradient is taken too if it wants one.
+    """
     import torch
 
     q, k, v, dout = (
@@ -121,25 +210,60 @@ def _torch(clock: Any, attention: Callable[..., Any], cell: Cell, inputs: Inputs
     if cell.direction == "forward":
         return Contender(torch.no_grad()(partial(attention, q, k, v)), clock)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    wanted = leaves if term is None or not term.requires_grad else [*leaves, term]
     if cell.direction == "backward":
         out = attention(*leaves)
-        gradients = partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
+        gradients = partial(torch.autograd.grad, out, wanted, dout, retain_graph=True)
         return Contender(gradients, clock)
-    return Contender(lambda: torch.autograd.grad(attention(*leaves), leaves, dout), clock)
+    return Contender(lambda: torch.autograd.grad(attention(*leaves), wanted, dout), clock)
 
 
-def _jax_cudnn(wait_for_all: Callable[[], None], cell: Cell, inputs: Inputs) -> Contender:
+def _jax(
+    implementation: str, wait_for_all: Callable[[], None], cell: Cell, inputs: Inputs
+) -> Contender:
     """JAX runs on streams of its own, so its calls are timed by the host's clock."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    attention = partial(jax.nn.dot_product_attention, is_causal=cell.causal, implementation="cudnn")
-    q, k, v, dout = map(jax.dlpack.from_dlpack, (inputs.q, inputs.k, inputs.v, inputs.dout))
+    term = _jax_term(cell, inputs)
+    arrays = [jax.dlpack.from_dlpack(x) for x in (inputs.q, inputs.k, inputs.v)]
+    arrays += [] if term is None else [term]
+    wanted = len(arrays) if cell.bias == "learned" else 3
+    dout = jax.dlpack.from_dlpack(inputs.dout)
     clock = HostClock(JAX_QUEUE, idle=wait_for_all, wait=jax.block_until_ready)
+
+    def attention(q: Any, k: Any, v: Any, term: Any = None) -> Any:
+        causal = cell.causal and term is None
+        return jax.nn.dot_product_attention(
+            q, k, v, bias=term, is_causal=causal, implementation=implementation
+        )
+
+    def pull_back(*arrays: Any) -> Any:
+        inputs, others = arrays[:wanted], arrays[wanted:]
+        return jax.vjp(lambda *inputs: attention(*inputs, *others), *inputs)[1]
+
     if cell.direction == "forward":
-        return Contender(partial(jax.jit(attention), q, k, v), clock)
-    _, pullback = jax.vjp(attention, q, k, v)
-    return Contender(partial(jax.jit(lambda pull, g: pull(g)), pullback, dout), clock)
+        return Contender(partial(jax.jit(attention), *arrays), clock)
+    if cell.direction == "backward":
+        backward = jax.jit(lambda pullback, dout: pullback(dout))
+        return Contender(partial(backward, pull_back(*arrays), dout), clock)
+    both = jax.jit(lambda dout, *arrays: pull_back(*arrays)(dout))
+    return Contender(partial(both, dout, *arrays), clock)
+
+
+def _jax_term(cell: Cell, inputs: Inputs) -> Any:
+    """As torch's."""
+    import jax
+
+    if cell.bias:
+        return jax.dlpack.from_dlpack(inputs.bias)[None]
+    if cell.rule is None:
+        return None
+    arrays = {name: jax.dlpack.from_dlpack(x) for name, x in inputs.of_rule.items()}
+    i = jax.numpy.arange(cell.seqlen)[:, None]
+    visible = cell.rule.sees(i, i.T, **arrays)
+    visible = visible & (i >= i.T) if cell.causal else visible
+    return jax.numpy.where(visible, 0, -jax.numpy.inf).astype(cell.dtype)[None, None]
 
 
 def _triton(clock: Any, cell: Cell, inputs: Inputs) -> Contender:

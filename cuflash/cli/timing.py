@@ -24,6 +24,7 @@ class Contender:
 
     call: Callable[[], Any]
     clock: Clock
+    preparation_ms: float | None = None  # of what is done once, for any number of calls
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,75 @@
+"""The grids of cells that `bench` measures, by the names of its suites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cuflash.cli.cells import Cell
+from cuflash.cli.rules import Documents, PrefixLm, RandomBlocks, RandomPairs, Rule, Window
+
+GPU_SUITES = ("forward", "backward", "masks")
+CPU_SUITES = ("cpu", "cpu-masks")
+MASK_SUITES = ("masks", "cpu-masks")
+
+TOKENS, WIDTH = 16384, 2048  # B * S and H * D of a cell of forward and backward
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (64, 128, 256)
+CPU_SHAPES = ((1, 2048, 8, 64, False), (1, 2048, 8, 64, True), (2, 512, 12, 64, False))
+CPU_SHAPES += ((1, 4096, 4, 128, True),)  # batch, length, heads, head size, causal
+
+EQUAL_DOCUMENTS = Documents((2048,) * 8)
+UNEQUAL_DOCUMENTS = Documents((1000, 2520, 2520, 2520, 1440))
+MASKS: tuple[tuple[Rule, int, int, bool], ...] = (  # rule, length, heads, causal
+    (EQUAL_DOCUMENTS, 16384, 16, False),
+    (EQUAL_DOCUMENTS, 16384, 16, True),
+    (UNEQUAL_DOCUMENTS, 10000, 64, False),
+    (UNEQUAL_DOCUMENTS, 10000, 64, True),
+    (Window(1024), 32768, 8, False),
+    (PrefixLm(0.25), 16384, 16, False),
+    (RandomBlocks(128, 0.5), 16384, 16, False),
+    (RandomBlocks(128, 0.9), 16384, 16, False),
+    (RandomPairs(0.5), 8192, 16, False),
+)
+BIAS_LENGTH, BIAS_HEADS = 4096, 16
+CPU_MASKS: tuple[Rule, ...] = (Documents((512,) * 8), Window(512), RandomBlocks(128, 0.75))
+CPU_MASK_SIZES = (1, 4096, 4, 64)  # batch, length, heads, head size
+
+
+def cells(suite: str, quick: bool) -> Iterator[Cell]:
+    """Those of a suite; `quick`: a few of them."""
+    if suite == "cpu":
+        return _cpu(quick)
+    if suite == "cpu-masks":
+        return _cpu_masks(quick)
+    return _masks(quick) if suite == "masks" else _plain(suite, quick)
+
+
+def _plain(suite: str, quick: bool) -> Iterator[Cell]:
+    for head_dim in (128,) if quick else HEAD_DIMS:
+        for causal in (False, True):
+            for seqlen in (2048, 16384) if quick else LENGTHS:
+                heads = WIDTH // head_dim
+                yield Cell(suite, "bfloat16", TOKENS // seqlen, seqlen, heads, head_dim, causal)
+
+
+def _masks(quick: bool) -> Iterator[Cell]:
+    for direction in ("forward",) if quick else ("forward", "forward+backward"):
+        for rule, seqlen, heads, causal in MASKS[::4] if quick else MASKS:
+            yield Cell(direction, "bfloat16", 1, seqlen, heads, 128, causal, rule)
+    sizes = ("bfloat16", 1, BIAS_LENGTH, BIAS_HEADS, 128, False)
+    yield Cell("forward", *sizes, bias="fixed")
+    if not quick:
+        yield Cell("forward+backward", *sizes, bias="fixed")
+        yield Cell("forward+backward", *sizes, bias="learned")
+
+
+def _cpu(quick: bool) -> Iterator[Cell]:
+    for batch, seqlen, heads, head_dim, causal in CPU_SHAPES[:1] if quick else CPU_SHAPES:
+        for direction in ("forward", "forward+backward"):
+            yield Cell(direction, "float32", batch, seqlen, heads, head_dim, causal)
+
+
+def _cpu_masks(quick: bool) -> Iterator[Cell]:
+    for direction in ("forward", "forward+backward"):
+        for rule in CPU_MASKS[:1] if quick else CPU_MASKS:
+            yield Cell(direction, "float32", *CPU_MASK_SIZES, causal=False, rule=rule)

@@ -1,0 +1,107 @@
+"""What `bench` prints of a report: tables in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuflash.cli.contenders import COMPILED, DENSE, OURS, OWN
+
+MISSING = "–"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The table of the report's suite, and below it why results are missing."""
+    rows = report["cells"]
+    peers = list(dict.fromkeys(n for row in rows for n in row["results"] if n not in OWN))
+    has_shares = any("share" in row for row in rows)
+    lines = _shares(rows, peers) if has_shares else _rates(rows, peers, report["gemm"]["tflops"])
+    failures = {
+        f"{name}: {result['error']}"
+        for row in rows
+        for name, result in row["results"].items()
+        if "error" in result
+    }
+    gemm = report["gemm"]
+    figures = (
+        f"milliseconds and, of {OURS}, TFLOP/s and time / (visible tiles x dense time)"
+        if has_shares
+        else "TFLOP/s"
+    )
+    title = (
+        f"{report['device']}, {report['date']}, {figures}; "
+        f"matrix product: {gemm['tflops']:.4g} ({gemm['by']})"
+    )
+    return "\n".join([title, "", *lines, *(["", *sorted(failures)] if failures else [])])
+
+
+def rates(results: dict[str, Any]) -> str:
+    """One cell's, in one line."""
+    each = (f"{name} {result.get('tflops', 'absent')}" for name, result in results.items())
+    return ", ".join(each)
+
+
+def _rates(rows: list[dict[str, Any]], peers: list[str], gemm_tflops: float) -> list[str]:
+    """The rate of each, and ours as a share of the matrix product and of the best."""
+    heads = ["", "D", "S", "causal", OURS, "of GEMM", *peers, "to best peer"]
+    lines = _header(heads)
+    for row in rows:
+        rates = {name: result.get("tflops") for name, result in row["results"].items()}
+        ours = rates[OURS]
+        best = max((rates[p] for p in peers if rates.get(p)), default=None)
+        lines.append(
+            _line(
+                row["direction"],
+                row["head_dim"],
+                row["seqlen"],
+                "yes" if row["causal"] else "no",
+                _number(ours),
+                f"{100 * ours / gemm_tflops:.0f} %" if ours else MISSING,
+                *(_number(rates.get(peer)) for peer in peers),
+                f"{ours / best:.2f}" if ours and best else MISSING,
+            )
+        )
+    return lines
+
+
+def _shares(rows: list[dict[str, Any]], peers: list[str]) -> list[str]:
+    """Milliseconds of each, ours beside the visible share of the dense time, and to the best."""
+    heads = ["", "mask", "S", "H", "causal", "visible tiles", DENSE]
+    for name in (OURS, COMPILED):
+        heads += [name, "TFLOP/s", "over share"]
+    lines = _header([*heads, *peers, "to best peer"])
+    for row in rows:
+        results = row["results"]
+        times = {name: result.get("median_ms") for name, result in results.items()}
+        ours, best = times[OURS], min((times[p] for p in peers if times.get(p)), default=None)
+        own = (
+            _number(results[name].get(figure))
+            for name in (OURS, COMPILED)
+            for figure in ("median_ms", "tflops", "over_share")
+        )
+        lines.append(
+            _line(
+                row["direction"],
+                row["rule"] or f"{row['bias']} bias",
+                row["seqlen"],
+                row["heads"],
+                "yes" if row["causal"] else "no",
+                f"{100 * row['share']:.3g} %",
+                _number(times[DENSE]),
+                *own,
+                *(_number(times.get(peer)) for peer in peers),
+                f"{best / ours:.2f}" if ours and best else MISSING,
+            )
+        )
+    return lines
+
+
+def _header(heads: list[str]) -> list[str]:
+    return [_line(*heads), "|" + " --- |" * len(heads)]
+
+
+def _line(*columns: Any) -> str:
+    return "| " + " | ".join(map(str, columns)) + " |"
+
+
+def _number(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4g}"
