@@ -59,10 +59,11 @@ struct Consumer : BackwardConsumer<Storage> {
   template <bool kPartly>
   DEVICE void step(const GroupTiles& walk) {
     Visible visible;
-    if constexpr (kPartly) look(walk, visible);
+    if constexpr (kPartly && !kHasTree) look(walk, visible);
     ScoreAcc s, dp;
     start_scores(s);
     start_dp(dp);
+    if constexpr (kPartly && kHasTree) look(walk, visible);  // takes long: while these run
     const bool non_finite = finish_scores<kPartly, 0>(s, dp, walk, visible);
     ScoreOperand probs, ds;
     pack_operand(probs, s);

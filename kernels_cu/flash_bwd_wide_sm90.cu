@@ -63,10 +63,11 @@ struct Consumer : BackwardConsumer<Storage> {
   template <bool kPartly>
   DEVICE void step(const GroupTiles& walk) {
     Visible visible;
-    if constexpr (kPartly) look(walk, visible);
+    if constexpr (kPartly && !kHasTree) look(walk, visible);
     ScoreAcc s, dp;
     start_scores(s);
     start_dp(dp);
+    if constexpr (kPartly && kHasTree) look(walk, visible);  // takes long: while these run
     if (dv_is_due)
       start_dv(stage.previous());
     else

@@ -314,9 +314,10 @@ struct Consumer {
     take_turn();
     issue_scores();
     pass_turn();
+    const u64 visible = look(mask, tile);
     wgmma_wait<0>(s_acc);
     release_k();
-    see(mask, tile);
+    see(mask, tile, visible);
     pack_operand(probabilities, s_acc);
   }
 
@@ -335,9 +336,10 @@ struct Consumer {
     mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
     issue_values();
     pass_turn();
+    const u64 visible = kMasked ? look(mask, next) : 0;
     wgmma_wait<1>(s_acc);
     release_k();
-    see(mask, {next.index, kMasked && next.partly});
+    see(mask, {next.index, kMasked && next.partly}, visible);
     wgmma_wait<0>(o_acc, probabilities);
     release_v();
     pack_operand(probabilities, s_acc);
@@ -398,11 +400,25 @@ struct Consumer {
     return true;
   }
 
+  DEVICE Places<false> places(const Mask& mask, const KeyTile& tile) const {
+    return {mask, head, first_row + warpgroup_row(), tile.index * kBlockKV};
+  }
+
+  // What a tree lets these rows see of a partly visible tile, while the tile's product runs.
+  DEVICE u64 look(const Mask& mask, const KeyTile& tile) const {
+    return kHasTree && tile.partly ? places(mask, tile).visible<1, kBlockKV / 8>() : 0;
+  }
+
   // Scores to unnormalised probabilities.
-  DEVICE void see(const Mask& mask, const KeyTile& tile) {
-    const Places<false> places{mask, head, first_row + warpgroup_row(), tile.index * kBlockKV};
+  DEVICE void see(const Mask& mask, const KeyTile& tile, u64 visible) {
+    const Places<false> places = this->places(mask, tile);
     scores.transform(s_acc, places);
-    if (tile.partly) hide(s_acc, places);
+    if (tile.partly) {
+      if constexpr (kHasTree)
+        hide(s_acc, visible);
+      else
+        hide(s_acc, places);
+    }
     softmax.step(s_acc);
     if (kDropout) dropout.apply(s_acc, places);
   }

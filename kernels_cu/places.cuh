@@ -61,12 +61,15 @@ DEVICE bool bit_of(u64 bits, int m, int n, int e) {
 
 // Calls f(accumulator, m, n, e) for those that the mask forbids.
 template <int kM, int kN, class F>
+DEVICE void for_each_hidden(float (&acc)[kM][kN][4], u64 visible, const F& f) {
+  for_each(acc, [&](float& x, int m, int n, int e) {
+    if (!bit_of<kM>(visible, m, n, e)) f(x, m, n, e);
+  });
+}
+template <int kM, int kN, class F>
 DEVICE void for_each_hidden(float (&acc)[kM][kN][4], const Places<false>& places, const F& f) {
   if constexpr (kHasTree) {
-    const u64 visible = places.visible<kM, kN>();
-    for_each(acc, [&](float& x, int m, int n, int e) {
-      if (!bit_of<kM>(visible, m, n, e)) f(x, m, n, e);
-    });
+    for_each_hidden(acc, places.visible<kM, kN>(), f);
   } else {
     Interval keys[kM][2];
 #pragma unroll
@@ -80,8 +83,8 @@ DEVICE void for_each_hidden(float (&acc)[kM][kN][4], const Places<false>& places
   }
 }
 
-// Scores that the mask forbids become -inf.
-template <int kM, int kN>
-DEVICE void hide(float (&s_acc)[kM][kN][4], const Places<false>& places) {
-  for_each_hidden(s_acc, places, [](float& s, int, int, int) { s = -infinity(); });
+// Scores that the mask forbids become -inf. `visible`: Places, or the bits that they have given.
+template <int kM, int kN, class Visible>
+DEVICE void hide(float (&s_acc)[kM][kN][4], const Visible& visible) {
+  for_each_hidden(s_acc, visible, [](float& s, int, int, int) { s = -infinity(); });
 }
