@@ -242,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const bool non_finite =
         __syncthreads_or(partly_visible && (copied_non_finite<kThreads>(q_smem) ||
                                             copied_non_finite<kThreads>(dout_smem)));
-    if (tiles.has_previous()) end_turn(turns + workspace + 1);
+    if (tiles.has_previous()) end_turn(turns + workspace + tiles.previous() - tiles.current);
     if (kStages == 2 && tiles.has_next()) load_queries(1 - stage, tiles.next());
 
     // s = q kᵀ, dp = dout vᵀ, p and ds

@@ -20,6 +20,7 @@ struct ListedTiles {
   DEVICE bool has_previous() const { return index < last; }
   DEVICE bool empty() const { return last < 0; }
   DEVICE int next() const { return at(index - 1); }
+  DEVICE int previous() const { return at(index + 1); }
   DEVICE int final() const { return at(0); }
   DEVICE void advance() { current = at(--index); }
   DEVICE bool partly_visible() const { return entries[index].x & 1; }
@@ -72,6 +73,7 @@ struct BandQueryTiles {
   DEVICE bool has_previous() const { return current + 1 < visited.end; }
   DEVICE bool empty() const { return visited.begin >= visited.end; }
   DEVICE int next() const { return current - 1; }
+  DEVICE int previous() const { return current + 1; }
   DEVICE int final() const { return visited.begin; }
   DEVICE void advance() { current--; }
   DEVICE void restart(int) { current = visited.end - 1; }
