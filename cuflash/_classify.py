@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cuflash import _params, _plan, _program
+from cuflash._gpu import Gpu
 from cuflash._mask_tree import Compiled, Dense, Mask
 from cuflash._params import Tables, TileLists
 from cuflash._problem import Array, Problem
-
-if TYPE_CHECKING:
-    from cuflash._launch import Gpu
 
 WORD_KEYS = 32
 

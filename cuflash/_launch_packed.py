@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cuflash import _launch
-from cuflash._launch import Gpu
+from cuflash._gpu import Gpu
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, NoReturn
 
 from cuflash._checks import Array, Check, check_layouts
+from cuflash.interop import receive
 
 
 class ScoresShape(NamedTuple):
@@ -85,8 +86,6 @@ class Mask:
         >>> for layer in range(2):  # the second classifies nothing
         ...     v = cuflash.attention(q, k, v, mask=mask)
         """
-        from cuflash.interop import receive  # which stands above this module: it knows masks
-
         function = "masks.Mask.compile"
         with receive(function, ("q", "k"), {"q": q, "k": k, "mask": self}) as call:
             q, k, mask = (call.arguments[name] for name in ("q", "k", "mask"))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from cuflash import _params, _plan
+from cuflash._gpu import Gpu
 from cuflash._params import PackingTables
 from cuflash._problem import Array, Problem
-
-if TYPE_CHECKING:
-    from cuflash._launch import Gpu
 
 
 def packing_tables(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from cuflash import _classify, _params, _plan
+from cuflash._gpu import Gpu
 from cuflash._problem import Array, GradientProblem, Problem
-
-if TYPE_CHECKING:
-    from cuflash._launch import Gpu
 
 # Blocks that keep every SM busy, and parts that their sum is worth reading.
 _BLOCKS_PER_SM = 4

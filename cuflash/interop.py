@@ -13,23 +13,31 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from cuflash import _dlpack
-from cuflash._checks import BFLOAT16
-from cuflash._mask_tree import Mask
-from cuflash._problem import Array, Problem
-from cuflash.score_mod import ScoreMod
+from cuflash._checks import BFLOAT16, Array
 
 Foreign = Any  # an array of the caller's kind
-Structure = TypeVar("Structure", Mask, ScoreMod)
+Checked = TypeVar("Checked")  # a problem: a dataclass that holds arrays by their arguments' names
 
 OPTIONAL_ARRAYS = frozenset({"mask", "bias", "alibi_slopes", "sinks", "out", "dlse"})
 # These may be on the host where q is on a GPU.
 LENGTHS = frozenset({"offset", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_k"})
 STRUCTURES = frozenset({"mask", "score_mod"})  # whose arrays may be on the host likewise
+
+
+@runtime_checkable
+class Structure(Protocol):
+    """An argument that holds arrays, as a mask and a score function do."""
+
+    def arrays(self) -> dict[str, Foreign]:
+        """Its arrays, by names for messages."""
+
+    def with_arrays(self, arrays: Mapping[str, Foreign]) -> Structure:
+        """The same with other arrays under these names."""
 
 
 class Call(NamedTuple):
@@ -46,7 +54,7 @@ class Call(NamedTuple):
         """The library of the arguments' arrays: numpy or cupy."""
         return np if self.device == "cpu" else _cupy()
 
-    def upload(self, problem: Problem) -> Problem:
+    def upload(self, problem: Checked) -> Checked:
         """Bring lengths and offsets that the caller gave as host values to a GPU's problem."""
         if self.device == "cpu" or not self.host_lengths:
             return problem
@@ -84,9 +92,7 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
     sources: dict[str, Framework] = {}
     host_lengths = []
     structures = {
-        name: x
-        for name, x in arguments.items()
-        if name in STRUCTURES and isinstance(x, (Mask, ScoreMod))
+        name: x for name, x in arguments.items() if name in STRUCTURES and isinstance(x, Structure)
     }
     nested = {
         name: x for structure in structures.values() for name, x in structure.arrays().items()

@@ -133,7 +133,7 @@ class Launch:
 
 
 class EmulatedGpu:
-    """Takes the place of `_launch.Gpu`: memory is NumPy's, a launch runs the kernel's PTX.
+    """Takes the place of `_gpu.Gpu`: memory is NumPy's, a launch runs the kernel's PTX.
 
     Work waits in a stream for `synchronize`, so that whoever reads results before reads NaN, and
     kernels are compiled side by side.

@@ -13,7 +13,7 @@ from backends import EmulatedGpu, _arrays_of
 from conftest import emulated
 from injection import assert_noticed, put_in
 
-from cuflash import _launch, _params, _plan
+from cuflash import _gpu, _launch, _params, _plan
 from cuflash._problem import Problem
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -320,11 +320,11 @@ def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.Monke
         status = 0
 
     driver = Driver()
-    monkeypatch.setattr(_launch, "_driver", lambda: driver)
+    monkeypatch.setattr(_gpu, "_driver", lambda: driver)
     x = LONG.arrays().k
     row_map, store_map = _params.row_map(x, 112, 64), _params.store_map(x, 64, 32)
-    assert _launch._encode.__wrapped__(row_map) == bytes([7]) * 128
-    assert _launch._encode.__wrapped__(store_map) == bytes([7]) * 128
+    assert _gpu._encode.__wrapped__(row_map) == bytes([7]) * 128
+    assert _gpu._encode.__wrapped__(store_map) == bytes([7]) * 128
     address, row = x.ctypes.data, x.strides[1]
     head, batch = 1 * 128, 1 * 128  # axes of one element
     rows, strides = [64, 1000, 1001, 1, 1], [row, row, head, batch]
@@ -334,7 +334,7 @@ def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.Monke
     ]
     driver.status = 1
     with pytest.raises(RuntimeError, match="the driver refuses .*: CUDA error 1"):
-        _launch._encode.__wrapped__(row_map)
+        _gpu._encode.__wrapped__(row_map)
 
 
 def test_a_row_map_ends_with_the_length() -> None:

@@ -1,0 +1,106 @@
+"""A GPU: its memory, its tensor maps, its launches."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache, lru_cache
+
+import cupy
+import numpy as np
+from cupy.cuda import driver, runtime
+
+from cuflash import _jit, _params, _plan
+from cuflash._problem import Array
+
+# cuda.h: CUtensorMap's alignment and, of its enumerations, ..._UINT16, ..._INTERLEAVE_NONE,
+# ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE, ..._SWIZZLE_64B and 128B.
+_TENSOR_MAP_ALIGNMENT = 64
+_UINT16, _NO_INTERLEAVE, _L2_128_BYTES, _ZEROS_OUTSIDE = 1, 0, 2, 0
+_SWIZZLES = {64: 2, 128: 3}
+
+
+class Gpu:
+    """A CUDA device, on CuPy's current stream."""
+
+    def __init__(self, device_id: int) -> None:
+        properties = runtime.getDeviceProperties(device_id)
+        self.device = _plan.Device(
+            capability=10 * properties["major"] + properties["minor"],
+            l2_bytes=properties["l2CacheSize"],
+            sms=properties["multiProcessorCount"],
+        )
+        self._device_id = device_id
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """Memory in order with the current stream, not cleared."""
+        return cupy.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """Cleared memory, in order with the current stream."""
+        return cupy.zeros(shape, dtype)
+
+    def as_contiguous(self, array: Array, dtype: np.dtype) -> Array:
+        """The array itself, or a copy in that dtype."""
+        return cupy.ascontiguousarray(array, dtype=dtype)
+
+    def encode(self, tensor_map: _params.TensorMap) -> bytes:
+        """A CUtensorMap."""
+        return _encode(tensor_map)
+
+    def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+        """Launch on the current stream. The driver copies the parameters before it returns."""
+        function = _jit.load(kernel, self._device_id).function_pointer
+        block = ctypes.create_string_buffer(params, len(params))
+        pointers = ctypes.c_void_p(ctypes.addressof(block))
+        stream = cupy.cuda.get_current_stream().ptr
+        driver.launchKernel(
+            function,
+            blocks,
+            1,
+            1,
+            kernel.threads,
+            1,
+            1,
+            kernel.smem_bytes,
+            stream,
+            ctypes.addressof(pointers),
+            0,
+        )
+
+
+@cache
+def gpu(device_id: int) -> Gpu:
+    """The GPU of this number."""
+    return Gpu(device_id)
+
+
+@lru_cache(maxsize=4096)
+def _encode(tensor_map: _params.TensorMap) -> bytes:
+    """A CUtensorMap, by the driver, which wants it aligned: no Python object's memory is."""
+    memory = ctypes.create_string_buffer(_params.TENSOR_MAP_BYTES + _TENSOR_MAP_ALIGNMENT)
+    first = ctypes.addressof(memory)
+    encoded = first + -first % _TENSOR_MAP_ALIGNMENT
+    rank = len(tensor_map.extents)
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(encoded),
+        _UINT16,
+        rank,
+        ctypes.c_void_p(tensor_map.address),
+        (ctypes.c_uint64 * rank)(*tensor_map.extents),
+        (ctypes.c_uint64 * (rank - 1))(*tensor_map.strides),
+        (ctypes.c_uint32 * rank)(*tensor_map.box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        _NO_INTERLEAVE,
+        _SWIZZLES[tensor_map.swizzle_bytes],
+        _L2_128_BYTES,
+        _ZEROS_OUTSIDE,
+    )
+    if status:
+        raise RuntimeError(f"cuflash: the driver refuses {tensor_map}: CUDA error {status}")
+    return ctypes.string_at(encoded, _params.TENSOR_MAP_BYTES)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
