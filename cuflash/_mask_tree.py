@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
 from cuflash._checks import Array, Check, check_layouts
 from cuflash.interop import receive
 
@@ -94,7 +96,11 @@ class Mask:
             batch, seqlen_q, heads_q, _ = q.shape
             shape = ScoresShape(batch, heads_q, k.shape[2], seqlen_q, k.shape[1])
             mask.check(Check(function, call.device), shape)
-            return Compiled(call.on_device(mask), {})
+            # What the kernels read, so that no call has to convert it.
+            mask = call.on_device(mask).map_integers(
+                lambda x: x.astype(np.int64, order="C", copy=False)
+            )
+            return Compiled(mask, {})
 
     def leaves(self) -> list[Leaf]:
         """The leaves, from left to right; one that stands twice counts twice."""

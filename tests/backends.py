@@ -15,6 +15,7 @@ from cuflash import _params, _plan
 from cuflash._mask_tree import Mask
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import GradientProblem, Gradients, Problem
+from cuflash._program import Bits
 from cuflash.score_mod import ScoreMod
 
 
@@ -72,6 +73,7 @@ class EmulatedBackend:
 
     def __init__(self, capability: int = 80, schedule: str = "lazy", seed: int = 0) -> None:
         self.name = f"emulated-{capability}"
+        self.launches: list[Launch] = []  # of all calls
         self._make_gpu = lambda inputs: EmulatedGpu(capability, schedule, seed, inputs)
 
     def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -95,6 +97,7 @@ class EmulatedBackend:
         gpu = self._make_gpu(_arrays_of(problem))
         results = launch(problem, gpu)
         gpu.synchronize()
+        self.launches += gpu.launches
         return results
 
     def forward_varlen(self, *arrays: np.ndarray, **options: Any) -> Any:
@@ -145,7 +148,7 @@ class EmulatedGpu:
         self.device = _plan.Device(capability, l2_bytes=1 << 20, sms=3)
         self.launches: list[Launch] = []
         self._schedule, self._seed = schedule, seed
-        self._buffers = list(inputs)
+        self.buffers = list(inputs)
         self._stream: list[tuple[_plan.Kernel, int, bytes] | Callable[[], None]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -173,6 +176,8 @@ class EmulatedGpu:
         )
 
     def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+        if blocks < 1:
+            raise ValueError(f"{kernel.entry} is launched with {blocks} blocks: the driver refuses")
         self._stream.append((kernel, blocks, params))
 
     def synchronize(self) -> None:
@@ -193,12 +198,12 @@ class EmulatedGpu:
                 [params],
                 schedule=self._schedule,
                 seed=self._seed,
-                buffers=self._buffers,
+                buffers=self.buffers,
             )
-            self.launches.append(Launch(kernel, blocks, stats, tuple(self._buffers)))
+            self.launches.append(Launch(kernel, blocks, stats, tuple(self.buffers)))
 
     def _keep(self, array: np.ndarray) -> np.ndarray:
-        self._buffers.append(array)
+        self.buffers.append(array)
         return array
 
 
@@ -223,9 +228,20 @@ def _arrays_of(problem: Problem | GradientProblem) -> list[np.ndarray]:
             arrays += _arrays_of(value)
         elif isinstance(value, (Mask, ScoreMod)):
             arrays += value.arrays().values()
+            arrays += _arrays_in(getattr(value, "tables", {}))
         elif isinstance(value, np.ndarray):
             arrays.append(value)
     return arrays
+
+
+def _arrays_in(kept: Any) -> list[np.ndarray]:
+    """In the tables of a compiled mask."""
+    if isinstance(kept, np.ndarray):
+        return [kept]
+    if isinstance(kept, Bits):
+        return [kept.words]
+    parts = kept.values() if isinstance(kept, dict) else kept if isinstance(kept, tuple) else ()
+    return [x for part in parts for x in _arrays_in(part)]
 
 
 def _as_arrays(options: dict[str, Any]) -> dict[str, Any]:

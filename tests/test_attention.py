@@ -191,7 +191,10 @@ def test_non_finite_reaches_only_what_sees_it(
 
 
 def check_non_finite(
-    backend: backends.Backend, case: Case, where: tuple[str, tuple[int, ...], float]
+    backend: backends.Backend,
+    case: Case,
+    where: tuple[str, tuple[int, ...], float],
+    **options: Any,
 ) -> None:
     """One value that is not finite reaches what it should, and the rest is within its bounds."""
     name, index, value = where
@@ -199,10 +202,11 @@ def check_non_finite(
     dirty = clean._replace(**{name: getattr(clean, name).copy()})
     getattr(dirty, name)[index] = value
 
-    found = run(backend, case, dirty)
+    found = run(backend, case, dirty, **options)
+    options = {**case.options, **options}
     with np.errstate(all="ignore"):
-        expected = oracle.expect(dirty._replace(dlse=None), case.options)
-    bounds = oracle.expect(clean._replace(dlse=None), case.options)
+        expected = oracle.expect(dirty._replace(dlse=None), options)
+    bounds = oracle.expect(clean._replace(dlse=None), options)
     for key, bound in expected.items():
         spoilt = ~np.isfinite(bound.exact)
         if key == "lse":
@@ -220,14 +224,20 @@ def check_non_finite(
         assert error <= bounds[key].allowed + bound.roundoff * magnitude, key
 
 
-def check(backend: backends.Backend, case: Case, placed: list[np.ndarray] | None = None) -> None:
-    """Forward and all gradients of one case are within the oracle's bounds.
+def check(
+    backend: backends.Backend,
+    case: Case,
+    placed: list[np.ndarray] | None = None,
+    **options: Any,
+) -> None:
+    """Forward and all gradients of one case, and more options, are within the oracle's bounds.
 
     `placed`: the case's q, k, v and dout in other memory.
     """
     arrays = case.arrays()
-    found = run(backend, case, [*placed, None] if placed else arrays, dlse=arrays.dlse)
-    for name, bound in oracle.expect(arrays, case.options).items():
+    placed = [*placed, None] if placed else arrays
+    found = run(backend, case, placed, dlse=arrays.dlse, **options)
+    for name, bound in oracle.expect(arrays, {**case.options, **options}).items():
         error = bound.error(found[name])
         assert error <= bound.allowed, f"{name}: error {error:.2e}, allowed {bound.allowed:.2e}"
 
@@ -237,15 +247,17 @@ def run(
     case: Case,
     arrays: Any = None,
     dlse: np.ndarray | None = None,
+    **options: Any,
 ) -> dict[str, np.ndarray]:
     """out, lse and every gradient by name."""
+    options = {**case.options, **options}
     q, k, v, dout, _ = arrays or case.arrays()
     q, k, v, dout = (case.place(x, np) for x in (q, k, v, dout))
-    out, lse = backend.forward(q, k, v, **case.options)
+    out, lse = backend.forward(q, k, v, **options)
     if dlse is not None:
         dlse = dlse.astype(lse.dtype)
     grads = backend.backward(
-        dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **case.options
+        dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **options
     )
     results = {"out": out, "lse": lse, **grads._asdict()}
     return {name: x for name, x in results.items() if x is not None}

@@ -1,0 +1,375 @@
+"""Masks on the GPU kernels, emulated: the tiles that are found, listed, loaded and left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mask_cases
+import numpy as np
+import pytest
+from backends import EmulatedBackend, EmulatedGpu, _arrays_of
+from conftest import emulated
+from test_attention import check, check_non_finite, run
+
+from cuflash import _classify, _launch, _plan, masks, reference
+from cuflash._plan import Tiling
+from cuflash._problem import GradientProblem, Problem
+from cuflash.cli.cases import Case
+from cuflash.masks import Mask
+
+pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
+
+NONE, SOME, ALL = range(3)
+FORWARD, BACKWARD = False, True
+
+
+def problem_of(case: Case, **options: Any) -> Problem:
+    q, k, v, *_ = case.arrays()
+    return Problem.create("attention", "cuda", q, k, v, **{**case.options, **options})
+
+
+def gpu_of(problem: Problem | GradientProblem, capability: int = 80) -> EmulatedGpu:
+    emulated()  # or skip
+    return EmulatedGpu(capability, "lazy", 0, _arrays_of(problem))
+
+
+# ------------------------------------------------------------------------- which tiles are visible
+
+
+def visible_pairs(problem: Problem) -> np.ndarray:
+    """(B, Hq, Sq, Sk)"""
+    left, right = problem.window
+    window = None if left is None and right is None else problem.window
+    lengths = (problem.q_lens, problem.kv_lens)
+    return reference._visible(
+        problem.q, problem.k, False, problem.offset, window, *lengths, problem.mask
+    )
+
+
+def brute_force(problem: Problem, tiling: Tiling, whole_rows: bool) -> np.ndarray:
+    """(B, heads of rows, query tiles, key tiles): NONE, SOME or ALL of their pairs are visible.
+
+    Positions of which a tile of packed rows has one head count with all heads. What lies past the
+    key length is hidden, past the query length only if `whole_rows`.
+    """
+    visible = visible_pairs(problem)
+    batch, heads_q, seqlen_q, seqlen_k = visible.shape
+    packed = problem.group if tiling.pack_group else 1
+    visible = visible.reshape(batch, -1, packed, seqlen_q, seqlen_k)
+    query_tiles = -(-seqlen_q * packed // tiling.block_q)
+    found = np.zeros((batch, visible.shape[1], query_tiles, -(-seqlen_k // tiling.block_kv)), int)
+    for b in range(batch):
+        q_len = seqlen_q if problem.q_lens is None else problem.q_lens[b]
+        kv_len = seqlen_k if problem.kv_lens is None else problem.kv_lens[b]
+        for _, tile_q, tile_k in np.ndindex(1, *found.shape[2:]):
+            row, row_end = tile_q * tiling.block_q, (tile_q + 1) * tiling.block_q
+            key, key_end = tile_k * tiling.block_kv, (tile_k + 1) * tiling.block_kv
+            positions = slice(row // packed, min(-(-row_end // packed), q_len))
+            pairs = visible[b, :, :, positions, key : min(key_end, kv_len)]
+            whole = key_end <= kv_len and (row_end <= q_len * packed or not whole_rows)
+            any_, all_ = (f(axis=(1, 2, 3)) for f in (pairs.any, pairs.all))
+            found[b, :, tile_q, tile_k] = np.where(any_, np.where(all_ & whole, ALL, SOME), NONE)
+    return found
+
+
+def expected_lists(sights: np.ndarray, of_keys: bool) -> list[np.ndarray]:
+    """Of each tile, in order, the entries: 2 tile + (partly visible), turn."""
+    turns = np.cumsum(sights != NONE, axis=-1) - 1  # of a key tile among those of its query tile
+    if of_keys:
+        sights, turns = sights.swapaxes(-1, -2), turns.swapaxes(-1, -2)
+    lists = []
+    steps = sights.shape[-1]
+    for line, turn in zip(sights.reshape(-1, steps), turns.reshape(-1, steps), strict=True):
+        tiles = np.flatnonzero(line != NONE)
+        lists.append(np.stack([2 * tiles + (line[tiles] == SOME), turn[tiles]], axis=1))
+    return lists
+
+
+def check_lists(problem: Problem, tiling: Tiling, of_keys: bool) -> None:
+    """The lists that a kernel of this tiling gets are those of the brute force."""
+    on = gpu_of(problem)
+    on_device = _launch._with_device_arrays(problem, on)
+    traits = _plan.Traits.of(problem, alignment=16)
+    entries = _classify.tables(on_device, traits, tiling, on, of_keys).owners[-1]
+    on.synchronize()
+    sights = brute_force(problem, tiling, whole_rows=of_keys)
+    # Batch entries and heads that share lists must all be right about them.
+    every = np.broadcast_to(entries, (*sights.shape[:2], *entries.shape[2:]))
+    for found, right in zip(
+        every.reshape(-1, *every.shape[3:]), expected_lists(sights, of_keys), strict=True
+    ):
+        assert found[0, 0] == len(right)
+        np.testing.assert_array_equal(found[1 : 1 + len(right)], right)
+
+
+GROUPED = Case(batch=3, seqlen_q=65, seqlen_k=95, heads_q=4, heads_k=2, head_dim=8)
+EDGES = replace(GROUPED, q_lens=(0, 1, 63), kv_lens=(95, 32, 33))
+# Groups of three do not divide the tiles: some positions lie in two.
+CASES = (GROUPED, EDGES, replace(EDGES, heads_q=6), replace(GROUPED, seqlen_q=64, seqlen_k=96))
+# Small tiles: a small problem has many, and each edge that larger ones have.
+TILINGS = {
+    "forward": (Tiling(32, 16, False), FORWARD),
+    "backward-packed": (Tiling(16, 32, True), BACKWARD),
+    "forward-packed": (Tiling(32, 16, True), FORWARD),
+    "backward": (Tiling(16, 32, False), BACKWARD),
+}
+TREES = {
+    "prefix-lm": lambda rng, case: masks.causal() | mask_cases.prefix(rng, case),
+    "everything": lambda rng, case: (
+        (mask_cases.documents(rng, case) & masks.causal(3))
+        | (mask_cases.intervals(rng, case) & ~mask_cases.lengths(rng, case))
+        | ~(mask_cases.dense(rng, case) | mask_cases.blocks(rng, case))
+        & (mask_cases.window(rng, case) | EXPRESSION)
+    ),
+}
+EXPRESSION = masks.expression(
+    "(i / 5 + j) % 4 > h",
+    lambda b, h, i, j: np.broadcast_to((i // 5 + j) % 4 > h, (b + h + i + j).shape),
+)
+KINDS = {**mask_cases.LEAVES, "expression": lambda rng, case: EXPRESSION, **TREES}
+
+
+BY_TILINGS = [
+    pytest.param(
+        kind,
+        name,
+        id=f"{kind}-{name}",
+        # Each compiles a kernel: two tilings of every kind do in every run, and all of one.
+        marks=() if number % 2 == place // 2 or kind == "everything" else pytest.mark.full,
+    )
+    for number, kind in enumerate(KINDS)
+    for place, name in enumerate(TILINGS)
+]
+
+
+@pytest.mark.parametrize("kind, tiling", BY_TILINGS)
+def test_lists_of_every_kind(rng: np.random.Generator, kind: str, tiling: str) -> None:
+    for case in CASES:
+        for options in ({}, {"causal": True, "offset": np.array([0, -20, 31])}):
+            problem = problem_of(case, mask=KINDS[kind](rng, case), **options)
+            check_lists(problem, *TILINGS[tiling])
+
+
+def test_bits_of_arrays_of_any_strides(rng: np.random.Generator) -> None:
+    array = rng.random((2, 95, 4, 65)) < 0.5
+    for view in (
+        array.transpose(0, 2, 3, 1),
+        array.transpose(0, 2, 3, 1)[:, ::-1, ::-1, ::-1],
+        np.broadcast_to(array[:1, :, 0, :1].swapaxes(0, 2), (1, 95, 1)).swapaxes(1, 2),
+    ):
+        problem = problem_of(replace(GROUPED, batch=2), mask=view)
+        on = gpu_of(problem)
+        (bits,) = _classify._pack_bits(problem.mask, on).values()
+        on.synchronize()
+        found = np.unpackbits(bits.words.view(np.uint8), axis=-1, bitorder="little")
+        keys = view.shape[-1]
+        np.testing.assert_array_equal(
+            found[..., :keys], view.reshape(bits.words.shape[:3] + (keys,))
+        )
+        assert not found[..., keys:].any()
+
+
+DOCUMENTS = masks.documents(np.zeros((3, 65), int), np.zeros((3, 95), int))
+SHARED = {  # (batches, heads of packed rows) that have lists of their own
+    "no-array": (masks.causal() & ~masks.window(1, 1), {}, (1, 1)),
+    "offset-of-the-call": (masks.causal(), {"offset": np.arange(3)}, (3, 1)),
+    "lengths-of-the-call": (masks.causal(), {"kv_lens": np.arange(3)}, (3, 1)),
+    "offset-of-the-mask": (masks.causal(offset=[1, 2, 3]), {}, (3, 1)),
+    "documents": (masks.causal() & DOCUMENTS, {}, (3, 1)),
+    "intervals": (masks.intervals(*np.zeros((2, 3, 1, 95, 1), int)), {}, (3, 1)),
+    "intervals-of-heads": (masks.intervals(*np.zeros((2, 3, 2, 95, 1), int)), {}, (3, 2)),
+    "dense": (masks.dense(np.ones((65, 95), bool)), {}, (1, 1)),
+    "dense-of-heads": (masks.dense(np.ones((4, 1, 1), bool)), {}, (1, 2)),
+    "dense-of-batch": (masks.dense(np.ones((3, 1, 65, 1), bool)), {}, (3, 1)),
+    "blocks-of-heads": (masks.blocks(np.ones((1, 4, 1, 1), bool), 95, 95), {}, (1, 2)),
+    "expression": (masks.expression("true", lambda *place: np.ones(1, bool)), {}, (3, 2)),
+}
+
+
+@pytest.mark.parametrize("mask, options, shape", SHARED.values(), ids=SHARED)
+def test_batch_entries_and_heads_share_lists(
+    mask: Mask, options: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    problem = problem_of(GROUPED, mask=mask, **options)
+    on, traits = gpu_of(problem), _plan.Traits.of(problem, alignment=16)
+    for of_keys in (FORWARD, BACKWARD):
+        tables = _classify.tables(problem, traits, Tiling(16, 16, True), on, of_keys)
+        assert tables.owners[-1].shape[:2] == shape
+        strides = (tables.lists.batch_stride, tables.lists.head_stride)
+        assert [stride > 0 for stride in strides] == [n > 1 for n in shape]
+
+
+def test_memory_is_a_few_bytes_per_tile() -> None:
+    """Of 64k tokens; nothing waits for the device, as here nothing has run."""
+    case = Case(batch=1, seqlen_q=1 << 16, seqlen_k=1 << 16, heads_q=1, heads_k=1, head_dim=1)
+    ids = np.zeros((1, 1 << 16), np.int64)
+    problem = problem_of(case, mask=masks.causal() & masks.documents(ids))
+    traits = _plan.Traits.of(problem, alignment=16)
+    for of_keys in (FORWARD, BACKWARD):
+        on = gpu_of(problem)
+        inputs = len(on.buffers)
+        _classify.tables(problem, traits, Tiling(128, 64, False), on, of_keys)
+        tiles = 512 * 1024
+        assert sum(x.nbytes for x in on.buffers[inputs:]) < (10, 22)[of_keys] * tiles
+
+
+# ------------------------------------------------------------------------- what is loaded
+
+# A structure that can hide anything: one pair of kernels per architecture serves what follows.
+CASE = Case(batch=1, seqlen_q=200, seqlen_k=420, heads_q=2, heads_k=1, head_dim=40, head_dim_v=24)
+ARCHITECTURES = (80, 90)
+
+
+def cells(rng: np.random.Generator, heads: int = 2) -> np.ndarray:
+    """(1, heads, Sq, Sk): cells of 32 x 64 that are hidden, partly visible or visible."""
+    states = rng.choice([0.0, 0.6, 1.0], (1, heads, 7, 7), p=[0.5, 0.2, 0.3])
+    share = states.repeat(32, axis=2).repeat(64, axis=3)[:, :, :200, :420]
+    visible = rng.random(share.shape) < share
+    visible[:, :, 90:110] = False  # rows that see nothing
+    return visible
+
+
+def only(rows: slice, keys: slice) -> np.ndarray:
+    visible = np.zeros((1, 2, 200, 420), bool)
+    visible[:, 1, rows, keys] = True
+    return visible
+
+
+SEEN = {
+    "cells": cells(np.random.default_rng(0)),
+    "cells-of-all-heads": cells(np.random.default_rng(1), heads=1),
+    "one-pair": only(slice(130, 131), slice(300, 301)),
+    "nothing": only(slice(0), slice(0)),
+    "everything": np.ones((1, 1, 200, 420), bool),
+}
+
+
+@pytest.mark.parametrize("visible", SEEN.values(), ids=SEEN)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_visible_tiles_are_loaded_and_no_others(capability: int, visible: np.ndarray) -> None:
+    backend = emulated(capability=capability)
+    mask = masks.dense(visible)
+    q, k, v, dout, _ = CASE.arrays()
+    problem = problem_of(CASE, mask=mask)
+    out, lse = backend.forward(q, k, v, mask=mask)
+    forward = backend.launches[-1]
+    backend.backward(dout, q, k, v, out, lse, mask=mask)
+    (backward,) = (x for x in backend.launches if x.kernel.entry == "flash_bwd")
+
+    sights = brute_force(problem, tiling_of(forward), whole_rows=False)
+    keys = heights(sights.shape[3], tiling_of(forward).block_kv, CASE.seqlen_k)
+    loaded = ((sights != NONE) * keys).sum()
+    assert forward.bytes_read(k) == loaded * k[0, 0, 0].nbytes
+    assert forward.bytes_read(v) == loaded * v[0, 0, 0].nbytes
+
+    tiling = tiling_of(backward)
+    visited = brute_force(problem, tiling, whole_rows=True) != NONE
+    packed = problem.group if tiling.pack_group else 1
+    rows = heights(visited.shape[2], tiling.block_q, CASE.seqlen_q * packed)
+    keys = heights(visited.shape[3], tiling.block_kv, CASE.seqlen_k)
+    loaded = (visited * rows[:, None]).sum()
+    assert backward.bytes_read(q) == loaded * q[0, 0, 0].nbytes
+    assert backward.bytes_read(dout) == loaded * dout[0, 0, 0].nbytes
+    loaded = (visited.any(axis=(1, 2)) * keys).sum()  # once for all rows of a key head
+    assert backward.bytes_read(k) == loaded * k[0, 0, 0].nbytes
+    assert backward.bytes_read(v) == loaded * v[0, 0, 0].nbytes
+
+
+def tiling_of(launch: Any) -> Tiling:
+    constants = dict(launch.kernel.constants)
+    block_q = constants.get("BLOCK_Q", 64 * constants.get("CONSUMERS", 0))
+    block_kv = constants.get("BLOCK_KV", 128)  # Hopper's backward
+    return Tiling(block_q, block_kv, bool(constants.get("PACK_GROUP", 0)))
+
+
+def heights(tiles: int, block: int, length: int) -> np.ndarray:
+    """Rows or keys of each tile."""
+    return np.minimum(block, length - block * np.arange(tiles))
+
+
+@pytest.mark.parametrize("schedule", ["lazy", "random"])
+@pytest.mark.parametrize("visible", SEEN.values(), ids=SEEN)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_matches_float64(capability: int, visible: np.ndarray, schedule: str) -> None:
+    check(emulated(capability=capability, schedule=schedule), CASE, mask=masks.dense(visible))
+
+
+def test_a_mask_that_hides_everything_gives_zeros() -> None:
+    for capability in ARCHITECTURES:
+        found = run(emulated(capability=capability), CASE, mask=SEEN["nothing"])
+        assert (found.pop("lse") == -np.inf).all()
+        assert not any(x.any() for x in found.values())
+
+
+NON_FINITE = {
+    "v": ("v", (0, 70, 0, 3), np.nan),
+    "k": ("k", (0, 100, 0, 0), np.nan),
+    "q": ("q", (0, 60, 1, 9), np.inf),
+    "dout": ("dout", (0, 33, 0, 1), np.nan),
+}
+
+
+@pytest.mark.parametrize("where", NON_FINITE.values(), ids=NON_FINITE)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_non_finite_reaches_only_what_sees_it(
+    capability: int, where: tuple[str, tuple[int, ...], float]
+) -> None:
+    case = replace(CASE, seqlen_q=77, seqlen_k=150)
+    mask = masks.dense(np.random.default_rng(2).random((1, 2, 77, 150)) < 0.3)
+    check_non_finite(emulated(capability=capability), case, where, mask=mask)
+
+
+# ------------------------------------------------------------------------- what is launched
+
+IN_FORWARD = ["mask_bits", "mask_tiles", "mask_lists", "flash_fwd"]
+IN_BACKWARD = ["mask_bits", "mask_tiles", "mask_lists", "mask_lists"]
+OF_BACKWARD = ["flash_bwd_prep", "flash_bwd", "flash_bwd_post"]
+
+
+def launched(backend: EmulatedBackend, mask: Any) -> list[_plan.Kernel]:
+    """By a forward and a backward pass."""
+    before = len(backend.launches)
+    run(backend, CASE, mask=mask)
+    return [launch.kernel for launch in backend.launches[before:]]
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_compiled_masks_keep_what_calls_find(capability: int) -> None:
+    backend = emulated(capability=capability)
+    q, k, *_ = CASE.arrays()
+    compiled = masks.dense(SEEN["cells"]).compile(q, k)
+    entries = [kernel.entry for kernel in launched(backend, compiled)]
+    # The backward pass finds the bits that the forward pass left.
+    assert entries == IN_FORWARD + IN_BACKWARD[1:] + OF_BACKWARD
+    for _ in range(2):
+        entries = [kernel.entry for kernel in launched(backend, compiled)]
+        assert entries == ["flash_fwd", *OF_BACKWARD]
+    entries = [kernel.entry for kernel in launched(backend, masks.dense(SEEN["cells"]))]
+    assert entries == IN_FORWARD + IN_BACKWARD + OF_BACKWARD
+    check(backend, CASE, mask=compiled)
+
+
+def test_compiled_masks_hold_what_kernels_read() -> None:
+    ids = np.zeros((3, 130), np.int32)[:, ::2]
+    q, k, *_ = GROUPED.arrays()
+    for x in masks.documents(ids, np.zeros((3, 95), np.int16)).compile(q, k).arrays().values():
+        assert x.dtype == np.int64 and x.flags.c_contiguous
+
+
+def test_new_data_compile_nothing() -> None:
+    """A kernel is known by the structure of a mask, not by its data, shapes, strides or numbers."""
+    rng = np.random.default_rng(3)
+    sources = set()
+    for case in (GROUPED, replace(GROUPED, seqlen_q=70, batch=1)):
+        for heads in (1, case.heads_k):
+            shape = (case.batch, heads, case.seqlen_k, 2)
+            start, end = rng.integers(0, case.seqlen_q + 1, (2, *shape))
+            ids = rng.integers(0, 9, (case.batch, case.seqlen_q))
+            offset = rng.integers(0, 9, case.batch) if heads == 1 else heads
+            tree = masks.intervals(start, end) & ~masks.window(heads, None, offset=offset)
+            tree |= masks.documents(ids, ids[:, :1].repeat(case.seqlen_k, axis=1))
+            sources.add(_plan.Traits.of(problem_of(case, mask=tree), alignment=16).extras)
+    assert len(sources) == 1
+    backend = emulated()
+    assert len({tuple(launched(backend, masks.dense(SEEN[name]))) for name in SEEN}) == 1
