@@ -1,0 +1,65 @@
+"""The page on masks: its code runs, and its pictures are what its code makes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cuflash import masks
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PAGE = (DOCS / "masks.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def draw_masks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("draw_masks", DOCS / "draw_masks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_code_runs_and_draws_the_pictures(
+    draw_masks: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_masks.main(tmp_path)
+    drawn, kept = (
+        {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+        for folder in (tmp_path, DOCS / "pictures")
+    )
+    assert drawn.keys() == kept.keys()
+    assert [name for name in drawn if drawn[name] != kept[name]] == []
+    expected = re.search(r"print\(error\)  # (.*)", PAGE)[1]
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+def test_every_mask_has_its_rule_and_its_picture() -> None:
+    sections = re.split(r"^### ", PAGE, flags=re.M)[1:]
+    by_name = {section.partition("\n")[0]: section for section in sections}
+    for name in set(masks.__all__) - {"Mask"}:
+        assert f"](pictures/{name}.svg)" in by_name[name]
+        assert f"masks.{name}(" in by_name[name]
+
+
+def test_a_picture_shows_pairs_and_tiles(draw_masks: ModuleType) -> None:
+    visible = np.zeros((24, 24), bool)
+    visible[4:8, 8:12] = True  # a tile
+    visible[20, 1] = visible[20, 3] = True
+    picture = draw_masks.svg(visible)
+    paths = dict(re.findall(r'<path fill="(#\w+)" d="([^"]*)"', picture))
+    full = "".join(f"M8 {row}h4v1h-4z" for row in range(4, 8))
+    assert paths[draw_masks.FULL] == paths[draw_masks.VISIBLE_OF_FULL] == full
+    partly = "".join(f"M0 {row}h4v1h-4z" for row in range(20, 24))
+    assert paths[draw_masks.PARTLY] == partly
+    assert paths[draw_masks.VISIBLE_OF_PARTLY] == "M1 20h1v1h-1zM3 20h1v1h-1z"
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", PAGE))
+def test_links_lead_somewhere(link: Any) -> None:
+    assert (DOCS / link).exists()
