@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,17 +14,21 @@ LN_2 = math.log(2)
 
 
 class Scratch(threading.local):
-    """Each thread's room for the scores of a tile, and for what has their shape."""
+    """Each thread's room for a tile: fresh memory would cost more than the arithmetic on it.
+
+    `size` is that of the scores of the largest tile.
+    """
 
     def __init__(self, size: int, dtype: np.dtype) -> None:
         self.size, self.dtype = size, dtype
-        self.buffers: dict[int, np.ndarray] = {}
+        self.buffers: dict[str, np.ndarray] = {}
 
-    def array(self, index: int, shape: tuple[int, ...]) -> np.ndarray:
-        """The buffer of this index as a contiguous array, with whatever it holds."""
-        if index not in self.buffers:
-            self.buffers[index] = np.empty(self.size, self.dtype)
-        return self.buffers[index][: math.prod(shape)].reshape(shape)
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The buffer of this name as a contiguous array, with whatever it holds."""
+        size = math.prod(shape)
+        if name not in self.buffers or self.buffers[name].size < size:
+            self.buffers[name] = np.empty(max(size, self.size), self.dtype)
+        return self.buffers[name][:size].reshape(shape)
 
 
 def in_units_of_log2(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -124,11 +129,19 @@ def product(
 
 
 def packed(
-    x: np.ndarray, dtype: np.dtype, columns: int = 0, factor: float | None = None
+    x: np.ndarray,
+    dtype: np.dtype,
+    columns: int = 0,
+    factor: float | None = None,
+    room: Callable[[tuple[int, ...]], np.ndarray] | None = None,
 ) -> np.ndarray:
-    """(heads, group, rows, size) to a new (heads, group * rows, size + columns), columns of 1."""
+    """(heads, group, rows, size) to (heads, group * rows, size + columns), columns of 1.
+
+    `room` gives the memory of this shape; by default it is new.
+    """
     heads, group, rows, size = x.shape
-    wider = np.empty((heads, group, rows, size + columns), dtype)
+    shape = (heads, group, rows, size + columns)
+    wider = np.empty(shape, dtype) if room is None else room(shape)
     if factor is None:
         wider[..., :size] = x
     else:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from cuflash._arrays import Scratch, empty_like
+from cuflash._cpu_backward import GradientSums, differentiate, sum_of
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import Gradients, Problem
 from cuflash._work import Work
-from cuflash.cpu import GradientSums, attend, differentiate, sum_of
+from cuflash.cpu import attend
 
 
 def forward(problem: PackedProblem) -> tuple[np.ndarray, np.ndarray]:

@@ -88,15 +88,13 @@ class BlockMask:
         seen = np.count_nonzero(self.states_of(batch, head, member, rows))
         return int(seen) * self.grid.block[1] * (rows.stop - rows.start)
 
-    def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> slice:
-        """From the first key to the last that some tiles of rows see."""
+    def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> tuple[int, int]:
+        """Where the blocks of keys start and end that some tiles of rows see."""
         row_size, size = self.grid.block
         states = self.states[self._place(batch, head, member)]
         states = states[rows.start // row_size : -(-rows.stop // row_size)]
         (seen,) = states.any(axis=0).nonzero()
-        if not seen.size:
-            return slice(0, 0)
-        return slice(int(seen[0]) * size, (int(seen[-1]) + 1) * size)
+        return (int(seen[0]) * size, (int(seen[-1]) + 1) * size) if seen.size else (0, 0)
 
     def _place(self, batch: int, head: int, member: int) -> tuple[int, ...]:
         """Into the first axes of the states."""

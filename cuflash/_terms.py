@@ -1,4 +1,4 @@
-"""What acts on a tile of the CPU backend besides the products: ALiBi, bias, score_mod, dropout."""
+"""The scores of a tile: the product, softcap, score_mod, ALiBi and bias; and dropout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,33 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cuflash import _random
-from cuflash._arrays import LN_2, in_units_of_log2
+from cuflash._arrays import LN_2, in_units_of_log2, transposed
 from cuflash._work import Tile
 
 
-def add(tile: Tile, scores: np.ndarray) -> None:
+def scores(
+    tile: Tile, query: np.ndarray, key: np.ndarray, slope: np.ndarray | None = None
+) -> np.ndarray:
+    """(heads, group * rows, keys), in units of log 2; and their slope by scale q kᵀ."""
+    work = tile.item.work
+    result = work.scratch.array("scores", (*query.shape[:2], key.shape[1]))
+    np.matmul(query, transposed(key), out=result)
+    if work.softcap:
+        result /= work.softcap
+        np.tanh(result, out=result)
+        if slope is not None:
+            np.multiply(result, result, out=slope)
+            np.subtract(1, slope, out=slope)
+        result *= work.softcap
+    elif slope is not None:
+        slope[...] = 1
+    if work.problem.score_mod is not None:
+        _modify(tile, result, slope)
+    _add(tile, result)
+    return result
+
+
+def _add(tile: Tile, scores: np.ndarray) -> None:
     """Add ALiBi and bias to the scores, in units of log 2, in place."""
     work, rows = tile.item.work, tile.rows.stop - tile.rows.start
     by_head = scores.reshape(scores.shape[0], tile.item.group, rows, -1)
@@ -34,7 +56,7 @@ def _alibi(tile: Tile, keys: slice) -> np.ndarray:
     return sliding_window_view(terms[:, :, 0], keys.stop - keys.start, axis=-1)[:, :, ::-1]
 
 
-def modify(tile: Tile, scores: np.ndarray, slope: np.ndarray | None) -> None:
+def _modify(tile: Tile, scores: np.ndarray, slope: np.ndarray | None) -> None:
     """Apply the user's function to the scores, and its derivative to the slope, in place.
 
     Scores are in units of log 2 before and after, and in natural units to the user.

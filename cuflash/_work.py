@@ -10,8 +10,9 @@ does every bit of the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -294,10 +295,20 @@ class Item:
         edges = np.searchsorted(pairs, pairs[-1] * np.array([number, number + 1]) // count)
         return slice(*edges.tolist())
 
-    def query(self, rows: slice, columns: int = 0) -> np.ndarray:
-        """(heads, group * rows, D + columns), scaled."""
+    def span_of_keys(self, rows: slice) -> slice:
+        """From the first key to the last that some tiles of rows see through the mask."""
+        start, stop = self.work.mask.span_of_keys(*self.start, rows)
+        return slice(min(start, self.band.keys), min(stop, self.band.keys))
+
+    def query(
+        self,
+        rows: slice,
+        columns: int = 0,
+        room: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """(heads, group * rows, D + columns), scaled; room as of `packed`."""
         work = self.work
-        return packed(work.q[self.index][:, :, rows], work.dtype, columns, work.scale)
+        return packed(work.q[self.index][:, :, rows], work.dtype, columns, work.scale, room)
 
     def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
         """(heads, keys, D) and (heads, keys, Dv)."""
@@ -312,15 +323,20 @@ class Item:
             part = slice(seen.start - keys.start, seen.stop - keys.start)
             yield Tile(self, tile_rows, (run,), key[:, part], value[:, part])
 
-    def masked_tiles(self, rows: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:
-        """What a tile's rows see of all keys; key and value: of all keys."""
+    def masked_tiles(self, rows: slice, columns: int = 0) -> Iterator[Tile]:
+        """What a tile's rows see of all keys, with columns of 1; the next one overwrites it."""
+        work = self.work
         states = self.work.mask.states_of(*self.start, rows)
         states = states[: -(-self.band.keys // MASK_BLOCK[1])]
         seen = np.count_nonzero(states)
         tiles = max(1, -(-seen // self.work.most_keys))
         size = -(-seen // tiles) * MASK_BLOCK[1]
         for runs in _filled(self._visible_runs(rows, states), size):
-            yield Tile(self, rows, runs, _gathered(key, runs), _gathered(value, runs))
+            key, value = (
+                _gathered(x[self.key_index], runs, columns, partial(work.scratch.array, name))
+                for name, x in (("key", work.k), ("value", work.v))
+            )
+            yield Tile(self, rows, runs, key, value)
 
     def _visible_runs(self, rows: slice, states: np.ndarray) -> Iterator[Run]:
         """The blocks of keys that a tile's rows see some of; states: of all blocks."""
@@ -369,17 +385,30 @@ def _filled(runs: Iterator[Run], size: int) -> Iterator[tuple[Run, ...]]:
         yield tuple(tile)
 
 
-def _gathered(x: np.ndarray, runs: tuple[Run, ...]) -> np.ndarray:
-    """The keys of some runs, of (heads, Sk, D); a view where they lie side by side."""
+def _gathered(
+    x: np.ndarray, runs: tuple[Run, ...], columns: int, room: Callable[..., np.ndarray]
+) -> np.ndarray:
+    """The keys of some runs, of (heads, Sk, D), and columns of 1 behind them.
+
+    A view where they lie side by side and there are no columns.
+    """
     spans: list[slice] = []
     for keys, _ in runs:
         if spans and spans[-1].stop == keys.start:
             keys = slice(spans.pop().start, keys.stop)
         spans.append(keys)
-    parts = [x[:, span] for span in spans]
-    if len(parts) == 1:
-        return parts[0]
-    if x.strides[0] > x.strides[1]:
-        return np.concatenate(parts, axis=1)
-    # Heads lie side by side in memory: they are copied together, and stay so.
-    return np.concatenate([part.swapaxes(0, 1) for part in parts]).swapaxes(0, 1)
+    if len(spans) == 1 and not columns:
+        return x[:, spans[0]]
+    heads, _, size = x.shape
+    count = sum(span.stop - span.start for span in spans)
+    if columns or x.strides[0] > x.strides[1]:
+        gathered = room((heads, count, size + columns))
+    else:  # heads lie side by side in memory, where they are copied as one
+        gathered = room((count, heads, size)).swapaxes(0, 1)
+    start = 0
+    for span in spans:
+        stop = start + span.stop - span.start
+        gathered[:, start:stop, :size] = x[:, span]
+        start = stop
+    gathered[..., size:] = 1
+    return gathered

@@ -16,7 +16,7 @@ import pytest
 import threadpoolctl
 
 import cuflash
-from cuflash import _threads, _work, cpu, reference
+from cuflash import _terms, _threads, _work, cpu, reference
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._tiles import Band, blocks, visible_tiles
 
@@ -236,8 +236,8 @@ def test_passes_compute_the_visible_tiles_and_no_others(
     rng: np.random.Generator, small_tiles: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
-    scores = cpu._scores
-    monkeypatch.setattr(cpu, "_scores", lambda *a, **k: computed.append(1) or scores(*a, **k))
+    scores = _terms.scores
+    monkeypatch.setattr(_terms, "scores", lambda *a, **k: computed.append(1) or scores(*a, **k))
     x = tensors(rng, 64, 64, heads=(1, 1), batch=1)
     mask = np.ones((64, 64), bool)
     mask[16:32, :32] = False  # one of the six causal tiles of 16 x 32

@@ -14,7 +14,7 @@ import pytest
 import threadpoolctl
 
 import cuflash
-from cuflash import _mask_blocks, _work, cpu, masks, reference
+from cuflash import _mask_blocks, _terms, _work, masks, reference
 from cuflash._mask_blocks import ALL, NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
 from cuflash.cli import oracle
@@ -194,7 +194,7 @@ NOTHING_VISIBLE = {
 def test_nothing_visible_gives_zeros_and_costs_nothing(
     small_tiles: None, monkeypatch: pytest.MonkeyPatch, mask: Mask
 ) -> None:
-    monkeypatch.setattr(cpu, "_scores", None)  # nothing calls it
+    monkeypatch.setattr(_terms, "scores", None)  # nothing calls it
     found = run(backends.CpuBackend(), SMALL, {"mask": mask})
     assert (found.pop("lse") == -np.inf).all()
     assert not any(x.any() for x in found.values())
@@ -270,13 +270,13 @@ def blocks_of(visible: np.ndarray) -> np.ndarray:
 def visited(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> list[_work.Tile]:
     """The tiles whose scores are computed."""
     tiles: list[_work.Tile] = []
-    scores = cpu._scores
+    scores = _terms.scores
 
     def counted(tile: _work.Tile, *others: Any) -> np.ndarray:
         tiles.append(tile)
         return scores(tile, *others)
 
-    monkeypatch.setattr(cpu, "_scores", counted)
+    monkeypatch.setattr(_terms, "scores", counted)
     return tiles
 
 

@@ -1,0 +1,349 @@
+"""The gradients of attention on NumPy arrays.
+
+The probabilities are computed again, relative to lse. A column that rides along with each operand
+spares two passes:
+
+    [q * scale, -lse] @ [k, 1]ᵀ = scores - lse       the probabilities' logarithm
+    [dout, -delta] @ [v, 1]ᵀ    = dprobs - delta     the gradient of the scores / probabilities
+
+Without a mask a task has some of the keys of an item, to all of whose rows it adds; with one it has
+some of the rows, each of which reads keys of its own choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cuflash import _terms
+from cuflash._arrays import (
+    LN_2,
+    drop,
+    empty_like,
+    exp2,
+    hide,
+    hide_exponentials,
+    in_units_of_log2,
+    packed,
+    product,
+    transposed,
+)
+from cuflash._problem import GradientProblem, Gradients
+from cuflash._threads import for_each
+from cuflash._tiles import blocks
+from cuflash._work import Item, Tile, Work
+
+
+def differentiate(parts: list[GradientSums]) -> None:
+    """Add up the gradients of each part; the threads share the tasks of all."""
+    loads = [(sums, item) for sums in parts if sums.shares_rows for item in sums.work.items()]
+    tasks = [
+        (sums, family, split)
+        for sums in parts
+        for split in range(sums.splits)
+        for family in sums.work.families()
+    ]
+    ends = [(sums, item) for sums in parts for item in sums.items_with_kept()]
+
+    def load(sums: GradientSums, item: Item) -> None:
+        sums.loaded[item.start] = sums.load(item)
+
+    def add(sums: GradientSums, family: list[Item], split: int) -> None:
+        add_item = _differentiate if sums.work.mask is None else _differentiate_masked
+        for item in family:
+            add_item(item, sums, split)
+
+    def cost(task: tuple[GradientSums, list[Item], int]) -> int:
+        sums, family, _ = task
+        return sum(item.pairs(item.row_tiles()) for item in family) // sums.splits
+
+    for function, some in (
+        (load, loads),
+        (add, sorted(tasks, key=cost, reverse=True)),
+        (GradientSums.add_kept, ends),
+    ):
+        for_each(partial(_quietly, function), some)
+
+
+Room = Callable[[str, tuple[int, ...]], np.ndarray]  # memory of a name and a shape
+
+
+def _quietly(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    with np.errstate(all="ignore"):
+        function(*arguments)
+
+
+def _differentiate(item: Item, sums: GradientSums, split: int) -> None:
+    """Add what every `splits`-th block of keys contributes to the gradients of some heads."""
+    work, band = item.work, item.band
+    row_blocks = sums.loaded[item.start] if sums.loaded else sums.load(item)
+    dqueries = [np.zeros(block.query[..., :-1].shape, work.dtype) for block in row_blocks]
+    for keys in list(blocks(slice(0, band.keys), work.tile_keys))[split :: sums.splits]:
+        key, value = item.keys_and_values(keys)
+        dkey, dvalue = np.zeros_like(key), np.zeros_like(value)
+        key, value = (packed(x[:, None], work.dtype, columns=1) for x in (key, value))
+        for tile in item.tiles(slice(0, band.rows), keys, key, value):
+            index = tile.rows.start // work.tile_rows
+            of_query, of_key, of_value = _gradients_of(tile, row_blocks[index], sums, split)
+            (run,) = tile.runs
+            part = (slice(None), slice(run.keys.start - keys.start, run.keys.stop - keys.start))
+            dqueries[index] += of_query
+            dkey[part] += of_key
+            dvalue[part] += of_value
+        np.multiply(dkey, LN_2, out=sums.dk[item.key_index][:, keys], casting="same_kind")
+        sums.dv[item.key_index][:, keys] = dvalue
+    for block, dquery in zip(row_blocks, dqueries, strict=True):
+        sums.write_dq(item, block.rows, split, dquery)
+
+
+def _differentiate_masked(item: Item, sums: GradientSums, split: int) -> None:
+    """Add what one split of the tiles of rows contributes to the gradients of some heads."""
+    work, row_tiles = item.work, item.row_tiles()[item.split(split, sums.splits)]
+    if not row_tiles:
+        return
+    span = item.span_of_keys(slice(row_tiles[0].start, row_tiles[-1].stop))
+    heads, keys = item.heads.stop - item.heads.start, span.stop - span.start
+    dkey, dvalue = (np.zeros((heads, keys, x.shape[-1]), work.dtype) for x in (work.k, work.v))
+    for rows in row_tiles:
+        block = _RowBlock.load(item, sums.gradient, rows, work.scratch.array)
+        sums.add_sinks(item, block, split)
+        dquery: np.ndarray | float = 0.0
+        for tile in item.masked_tiles(rows, columns=1):
+            of_query, of_key, of_value = _gradients_of(tile, block, sums, split)
+            dquery = of_query if isinstance(dquery, float) else np.add(dquery, of_query, out=dquery)
+            for columns, seen in tile.columns:
+                part = (slice(None), slice(seen.start - span.start, seen.stop - span.start))
+                dkey[part] += of_key[:, columns]
+                dvalue[part] += of_value[:, columns]
+        sums.write_dq(item, rows, 0, dquery)
+    sums.keep(item, split, span, dkey, dvalue)
+
+
+def _gradients_of(
+    tile: Tile, block: _RowBlock, sums: GradientSums, split: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a tile adds to dq / scale, dk / ln 2 and dv; it adds to dbias itself."""
+    hidden = tile.hidden
+    probs, dscores, slope = block.differentiate_softmax(tile.item.work, tile)
+    sums.add_bias(tile, split, dscores)
+    if slope is not None:
+        dscores *= slope
+    dvalue = product(probs, block.dout[..., :-1], hidden, by_key=True)
+    dkey = product(dscores, block.query[..., :-1], hidden, by_key=True)
+    return product(dscores, tile.key[..., :-1], hidden), dkey, dvalue
+
+
+@dataclass(frozen=True, slots=True)
+class _RowBlock:
+    """A tile of rows in the backward pass."""
+
+    rows: slice
+    query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -lse
+    dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta, without dropout
+
+    @classmethod
+    def load(
+        cls, item: Item, gradient: GradientProblem, rows: slice, room: Room | None = None
+    ) -> _RowBlock:
+        """Some rows of an item, in memory by `room`; by default it is new."""
+        work = item.work
+        query_room, dout_room = (
+            None if room is None else partial(room, name) for name in ("query", "dout")
+        )
+
+        def some(x: np.ndarray) -> np.ndarray:
+            return x[item.index][:, :, rows]
+
+        lse = some(work.rows_by_key_head(gradient.lse))
+        # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
+        reference = np.where(lse == -np.inf, np.inf, in_units_of_log2(lse, work.dtype))
+        query = item.query(rows, columns=1, room=query_room)
+        query[..., -1] = -reference.reshape(query.shape[:2])
+        out, dout = (
+            some(work.by_key_head(x)).astype(work.dtype, copy=False)
+            for x in (gradient.out, gradient.dout)
+        )
+        delta = np.vecdot(out, dout)
+        if gradient.dlse is not None:
+            delta -= some(work.rows_by_key_head(gradient.dlse))
+        # Dropout multiplies what it keeps: dprobs and dvalue get that from here.
+        rate = work.problem.dropout
+        factor = 1 / (1 - rate) if rate else None
+        dout = packed(dout, work.dtype, columns=1, factor=factor, room=dout_room)
+        dout[..., -1] = -delta.reshape(dout.shape[:2])
+        return cls(rows, query, dout)
+
+    def differentiate_softmax(
+        self, work: Work, tile: Tile
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Kept probabilities, the gradient of the scores, and their slope by scale q kᵀ."""
+        shape = (*self.query.shape[:2], tile.key.shape[1])
+        slope = None
+        if work.softcap or work.problem.score_mod is not None:
+            slope = work.scratch.array("slope", shape)
+            scores = _terms.scores(tile, self.query[..., :-1], tile.key[..., :-1], slope)
+            scores += self.query[..., -1:]
+        else:
+            scores = _terms.scores(tile, self.query, tile.key)
+        probs, taken = hide_exponentials(exp2(scores), tile.hidden), _terms.dropped(tile)
+        dscores = work.scratch.array("dscores", shape)
+        np.matmul(self.dout, transposed(tile.value), out=dscores)
+        drop(dscores, taken, self.dout[..., -1:])
+        dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
+        drop(probs, taken, 0)
+        if work.bias is not None:
+            hide(dscores, tile.hidden, 0)  # dbias is no product
+        return probs, dscores, slope
+
+
+class GradientSums:
+    """Where the gradients are added up; no two tasks add to the same elements.
+
+    `into`: arrays for dq, dk and dv; by default new ones.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        gradient: GradientProblem,
+        into: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        problem = work.problem
+        self.work, self.gradient = work, gradient
+        self.loaded: dict[tuple[int, int, int], list[_RowBlock]] = {}  # where splits share rows
+        inputs = (problem.q, problem.k, problem.v)
+        self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
+        masked = work.mask is not None
+        if masked:
+            tiles = max((len(item.row_tiles()) for item in work.items()), default=1)
+        else:
+            tiles = math.ceil(problem.seqlen_k / work.tile_keys)
+        self.splits = max(1, min(tiles, work.many_tasks // max(1, len(work.families()))))
+        # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
+        # With a mask splits of the rows share dk and dv: each keeps its part until the end.
+        copies = 1 if masked else self.splits
+        self.dq_copies = [self.all_dq]
+        if copies > 1:
+            self.dq_copies = [empty_like(problem.q, dtype=work.dtype) for _ in range(copies)]
+        self.kept: dict[tuple[int, int, int, int], tuple[slice, np.ndarray, np.ndarray]] = {}
+        self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
+        for batch, band in enumerate(work.bands):
+            for x in self.dq_copies:
+                x[batch, band.rows :] = 0
+            for x in (self.all_dk, self.all_dv):
+                x[batch, band.keys :] = 0
+        self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
+        if problem.bias is not None:
+            # Splits have keys or rows of their own, and share dbias only where these share a bias.
+            copies = self.splits if work.bias_shape[2 if masked else 3] == 1 else 1
+            self.dbias_copies = [np.zeros(work.bias_shape, work.dtype) for _ in range(copies)]
+        if problem.sinks is not None:
+            by_split = (self.splits, problem.batch, problem.heads_k, problem.group)
+            self.dsinks_by_split = np.zeros(by_split, work.dtype)
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether several tasks read the same rows."""
+        return self.work.mask is None and self.splits > 1
+
+    @property
+    def dsinks_by_batch(self) -> np.ndarray:
+        """(B, Hk, group)."""
+        return sum_of(list(self.dsinks_by_split), self.work.dtype)
+
+    def load(self, item: Item) -> list[_RowBlock]:
+        """An item's rows; this is done once, and adds what they give to the sinks."""
+        row_blocks = [_RowBlock.load(item, self.gradient, rows) for rows in item.row_tiles()]
+        for block in row_blocks:
+            self.add_sinks(item, block, split=0)
+        return row_blocks
+
+    def add_sinks(self, item: Item, block: _RowBlock, split: int) -> None:
+        """Add what some rows of an item give to the sinks of its heads."""
+        if item.sinks is None:
+            return
+        shape = (*item.sinks.shape[:2], -1)
+        probs = exp2(block.query[..., -1].reshape(shape) + item.sinks)
+        dsinks = probs * block.dout[..., -1].reshape(shape)
+        self.dsinks_by_split[split][item.index] += dsinks.sum(axis=-1)
+
+    def add_bias(self, tile: Tile, split: int, dscores: np.ndarray) -> None:
+        """Add a tile's part of dbias, summed along the axes that share a bias."""
+        if self.work.problem.bias is None:
+            return
+        dbias = self.work.scores_by_key_head(self.dbias_copies[split % len(self.dbias_copies)])
+        batch = slice(tile.item.batch, tile.item.batch + 1)
+        shared = [n == 1 for n in dbias.shape]
+        axes = tuple(axis for axis, one in enumerate(shared) if one)
+        by_head = dscores.reshape(1, dscores.shape[0], tile.item.group, -1, dscores.shape[-1])
+        for columns, keys in tile.columns:
+            index = (batch, *tile.item.index[1:], tile.rows, keys)
+            target = dbias[
+                tuple(slice(None) if one else i for one, i in zip(shared, index, strict=True))
+            ]
+            target += by_head[..., columns].sum(axis=axes, keepdims=True)
+
+    def write_dq(self, item: Item, rows: slice, copy: int, dquery: np.ndarray | float) -> None:
+        """Write dq of some rows, of (heads, group * rows, D) that lacks the scale."""
+        target = self.dq[copy][item.index][:, :, rows]
+        if isinstance(dquery, np.ndarray):
+            dquery = dquery.reshape(target.shape)
+        np.multiply(dquery, self.work.problem.scale, out=target, casting="same_kind")
+
+    def keep(
+        self, item: Item, split: int, keys: slice, dkey: np.ndarray, dvalue: np.ndarray
+    ) -> None:
+        """Hold on to what a split of the rows adds to dk / ln 2 and dv of some keys."""
+        self.kept[(*item.start, split)] = (keys, dkey, dvalue)
+
+    def items_with_kept(self) -> list[Item]:
+        """One item for each of the key heads of which something is kept."""
+        masked = self.work.mask is not None
+        return [item for item in self.work.items() if masked and not item.members.start]
+
+    def add_kept(self, item: Item) -> None:
+        """Write dk and dv of an item's key heads: what is kept of them, summed in order."""
+        parts = [self.kept[place] for place in sorted(self.kept) if place[:2] == item.start[:2]]
+        for number, target, factor in ((1, self.dk, LN_2), (2, self.dv, None)):
+            target = target[item.key_index][:, : item.band.keys]
+            total = target
+            if target.dtype != self.work.dtype:
+                total = np.empty(target.shape, self.work.dtype)
+            written = 0  # the keys before this one
+            for part in parts:
+                span, some = part[0], part[number]
+                if factor is not None:
+                    some *= factor
+                total[:, written : span.start] = 0
+                both = max(0, min(written, span.stop) - span.start)
+                total[:, span.start : span.start + both] += some[:, :both]
+                total[:, span.start + both : span.stop] = some[:, both:]
+                written = max(written, span.stop)
+            total[:, written:] = 0
+            if total is not target:
+                target[...] = total
+
+    def gradients(self) -> Gradients:
+        """The finished gradients in the dtypes of their inputs."""
+        problem, dbias, dsinks = self.work.problem, None, None
+        if problem.bias is not None:
+            dbias = sum_of(self.dbias_copies, problem.bias.dtype).reshape(problem.bias.shape)
+        if problem.sinks is not None:
+            dsinks = sum_of(list(self.dsinks_by_batch), problem.sinks.dtype)
+            dsinks = dsinks.reshape(problem.sinks.shape)
+        if len(self.dq_copies) > 1:
+            self.all_dq[...] = sum_of(self.dq_copies, problem.dtype)
+        return Gradients(self.all_dq, self.all_dk, self.all_dv, dbias, dsinks)
+
+
+def sum_of(copies: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """The sum of the copies, in order."""
+    total = copies[0]
+    for copy in copies[1:]:
+        total += copy
+    return total.astype(dtype, copy=False)
