@@ -14,6 +14,10 @@ from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
 from cuflash._term_gradients import RowStats, bias_gradient, sink_gradient
 
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
+_DEVICE_DTYPES = {
+    **dict.fromkeys(("q_lens", "kv_lens", "offset"), _INT64),
+    **dict.fromkeys(("alibi_slopes", "sinks"), _FLOAT32),
+}
 _MAX_CHOICES = 4096
 _forward_choices: dict[tuple, _Choice] = {}
 
@@ -200,20 +204,17 @@ def _key_tiles(problem: Problem, tiling: _plan.Tiling) -> int:
 
 def _with_device_arrays(problem: Problem, on: Gpu) -> Problem:
     """The kernels read integers as contiguous int64, slopes and sinks as contiguous float32."""
-    integers = {name: getattr(problem, name) for name in ("q_lens", "kv_lens", "offset")}
-    floats = {name: getattr(problem, name) for name in ("alibi_slopes", "sinks")}
-    changes = {n: on.as_contiguous(x, _INT64) for n, x in integers.items() if _is_array(x)}
+    changes = {}
+    for name, dtype in _DEVICE_DTYPES.items():
+        x = getattr(problem, name)
+        if x is not None and not isinstance(x, int):
+            changes[name] = on.as_contiguous(x, dtype)
     if problem.packing is not None:
         edges = (on.as_contiguous(x, _INT64) for x in problem.packing)
         changes["packing"] = Packing(*edges)
-    changes |= {n: on.as_contiguous(x, _FLOAT32) for n, x in floats.items() if _is_array(x)}
     if problem.mask is not None:
         changes["mask"] = problem.mask.map_integers(lambda x: on.as_contiguous(x, _INT64))
     return replace(problem, **changes) if changes else problem
-
-
-def _is_array(x: Array | int | None) -> bool:
-    return x is not None and not isinstance(x, int)
 
 
 def _with_contiguous_stats(gradient: GradientProblem, problem: Problem, on: Gpu) -> GradientProblem:

@@ -77,6 +77,9 @@ class Extras:
 
     @classmethod
     def of(cls, problem: Problem) -> Extras:
+        """Those of a problem; the same object for all that have none."""
+        if problem.is_plain:
+            return NO_EXTRAS
         return cls(
             program=program(problem.mask, problem.score_mod),
             alibi=problem.alibi_slopes is not None,

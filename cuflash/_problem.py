@@ -149,6 +149,12 @@ class Problem:
         return self.batch if self.packing is None else self.packing.cu_seqlens_q.shape[0] - 1
 
     @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing beside a band of keys, a scale and a softcap."""
+        terms = self.bias is self.alibi_slopes is self.sinks is self.score_mod is None
+        return terms and self.mask is self.packing is None and not self.dropout
+
+    @property
     def seqlen_q(self) -> int:
         return self.q.shape[1]
 
