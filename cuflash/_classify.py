@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _params, _plan, _program
+from cuflash import _params, _plan_small, _program, _traits
 from cuflash._gpu import Gpu
 from cuflash._mask_tree import Compiled, Dense, Mask
 from cuflash._params import Tables, TileLists
@@ -17,7 +17,7 @@ WORD_KEYS = 32
 
 
 def tables(
-    problem: Problem, traits: _plan.Traits, tiling: _plan.Tiling, on: Gpu, of_keys: bool
+    problem: Problem, traits: _traits.Traits, tiling: _traits.Tiling, on: Gpu, of_keys: bool
 ) -> Tables:
     """What a kernel of this tiling is handed over of the problem's mask and score function.
 
@@ -49,8 +49,8 @@ def attachments(problem: Problem, on: Gpu) -> Tables:
 def sights(
     problem: Problem,
     found: Tables,
-    traits: _plan.Traits,
-    tiling: _plan.Tiling,
+    traits: _traits.Traits,
+    tiling: _traits.Tiling,
     on: Gpu,
     whole_rows: bool,
 ) -> Array:
@@ -63,7 +63,7 @@ def sights(
     query_tiles = -(-problem.seqlen_q * packed // tiling.block_q)
     key_tiles = -(-problem.seqlen_k // tiling.block_kv)
     found_sights = on.empty((batches, heads, query_tiles, key_tiles), np.uint8)
-    kernel = _plan.mask_tiles_kernel(traits, tiling, on.device.capability, whole_rows)
+    kernel = _plan_small.mask_tiles_kernel(traits, tiling, on.device.capability, whole_rows)
     params = _params.pack_mask_tiles(problem, found, found_sights, masks_of_rows)
     _run(on, kernel, found_sights.size, params)
     return found_sights
@@ -72,15 +72,15 @@ def sights(
 def _tile_lists(
     problem: Problem,
     found: Tables,
-    traits: _plan.Traits,
-    tiling: _plan.Tiling,
+    traits: _traits.Traits,
+    tiling: _traits.Tiling,
     on: Gpu,
     of_keys: bool,
 ) -> tuple[TileLists, Array]:
     """Where the lists are, and the array that owns them."""
     own_sights = sights(problem, found, traits, tiling, on, whole_rows=of_keys)
     batches, heads, query_tiles, key_tiles = own_sights.shape
-    kernel = _plan.mask_lists_kernel(on.device.capability)
+    kernel = _plan_small.mask_lists_kernel(on.device.capability)
     turns = on.empty(own_sights.shape, np.uint32) if of_keys else None
     entries = on.empty((batches, heads, query_tiles, 1 + key_tiles, 2), np.int32)
     params = _params.pack_mask_lists(own_sights, entries, turns, of_keys=False)
@@ -118,13 +118,13 @@ def _pack_bits(mask: Mask, on: Gpu) -> dict[int, _program.Bits]:
             booleans = leaf.array.reshape((1,) * (4 - leaf.array.ndim) + leaf.array.shape)
             batch, heads, rows, keys = booleans.shape
             words = on.empty((batch, heads, rows, -(-keys // WORD_KEYS)), np.uint32)
-            kernel = _plan.mask_bits_kernel(on.device.capability)
+            kernel = _plan_small.mask_bits_kernel(on.device.capability)
             params = _params.pack_mask_bits(booleans, words)
             on.run(kernel, -(-words.size // kernel.threads), params)
             bits[number] = _program.Bits(words, keys)
     return bits
 
 
-def _run(on: Gpu, kernel: _plan.Kernel, warps: int, params: bytes) -> None:
+def _run(on: Gpu, kernel: _traits.Kernel, warps: int, params: bytes) -> None:
     if warps:
         on.run(kernel, -(-warps * 32 // kernel.threads), params)

@@ -10,7 +10,7 @@ import cupy
 import numpy as np
 from cupy.cuda import driver, runtime
 
-from cuflash import _jit, _params, _plan
+from cuflash import _jit, _params, _traits
 from cuflash._problem import Array
 
 # cuda.h: CUtensorMap's alignment and, of its enumerations, ..._UINT16, ..._INTERLEAVE_NONE,
@@ -25,7 +25,7 @@ class Gpu:
 
     def __init__(self, device_id: int) -> None:
         properties = runtime.getDeviceProperties(device_id)
-        self.device = _plan.Device(
+        self.device = _traits.Device(
             capability=10 * properties["major"] + properties["minor"],
             l2_bytes=properties["l2CacheSize"],
             sms=properties["multiProcessorCount"],
@@ -48,7 +48,7 @@ class Gpu:
         """A CUtensorMap."""
         return _encode(tensor_map)
 
-    def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+    def run(self, kernel: _traits.Kernel, blocks: int, params: bytes) -> None:
         """Launch on the current stream. The driver copies the parameters before it returns."""
         function = _jit.load(kernel, self._device_id).function_pointer
         block = ctypes.create_string_buffer(params, len(params))

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cuflash._plan import Kernel
+from cuflash._traits import Kernel
 
 SLOW_COMPILE_SECONDS = 1.0
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash import _classify, _params, _plan
+from cuflash import _classify, _params, _plan, _plan_sm90, _traits
 from cuflash._gpu import Gpu, gpu
 from cuflash._packed_tiles import packing_tables
 from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
@@ -58,27 +58,27 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
     return out, lse
 
 
-def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]) -> _plan.Traits:
+def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]) -> _traits.Traits:
     """What selects the kernels of a backward pass into `grads`."""
     problem = gradient.forward
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "dout": gradient.dout}
     arrays |= {"dk": grads[1], "dv": grads[2]}
     alignment = _params.alignment(*arrays.values(), gradient.out, grads[0])
-    return _plan.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
+    return _traits.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
 
 
 class _Choice(NamedTuple):
     """What a forward pass is launched with."""
 
-    traits: _plan.Traits
-    plan: _plan.ForwardPlan
+    traits: _traits.Traits
+    plan: _traits.ForwardPlan
     heads_per_section: int
     panels: tuple[int, int]
 
 
-def _forward_choice(problem: Problem, out: Array, device: _plan.Device) -> _Choice:
+def _forward_choice(problem: Problem, out: Array, device: _traits.Device) -> _Choice:
     """Kept by layout: a warm call looks it up."""
-    extras = _plan.Extras.of(problem)
+    extras = _traits.Extras.of(problem)
     layout = (device, *_params.layout(problem, out, extras))
     choice = _forward_choices.get(layout)
     if choice is None:
@@ -87,7 +87,7 @@ def _forward_choice(problem: Problem, out: Array, device: _plan.Device) -> _Choi
             traits,
             _plan.forward_plan(traits, device.capability),
             _plan.heads_per_section(problem, device),
-            _plan.panels(traits),
+            _plan_sm90.panels(traits),
         )
         if len(_forward_choices) >= _MAX_CHOICES:
             _forward_choices.clear()
@@ -95,21 +95,21 @@ def _forward_choice(problem: Problem, out: Array, device: _plan.Device) -> _Choi
     return choice
 
 
-def forward_traits(problem: Problem, out: Array) -> _plan.Traits:
+def forward_traits(problem: Problem, out: Array) -> _traits.Traits:
     """What selects the kernel of a forward pass into `out`."""
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
     alignment = _params.alignment(*arrays.values())
-    return _plan.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
+    return _traits.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
 
 
-def explain(problem: Problem, on: Gpu | None = None) -> tuple[_plan.ForwardPlan, str]:
+def explain(problem: Problem, on: Gpu | None = None) -> tuple[_traits.ForwardPlan, str]:
     """The plan of a forward pass, and why it is this backend's."""
     on = on or gpu(problem.q.device.id)
     out = problem.out if problem.out is not None else on.empty(problem.out_shape, problem.dtype)
     plan = _plan.forward_plan(forward_traits(problem, out), on.device.capability)
     if plan.backend == "sm90":
         return plan, "a Hopper GPU, and TMA can move q, k, v and out"
-    if _plan.backend_of(on.device.capability, tma=True) == "sm80":
+    if _traits.backend_of(on.device.capability, tma=True) == "sm80":
         return plan, f"the GPU is {on.device.arch}, not Hopper (sm_90)"
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
     return plan, f"a Hopper GPU, but {_obstacle(problem, arrays)}"
@@ -117,7 +117,7 @@ def explain(problem: Problem, on: Gpu | None = None) -> tuple[_plan.ForwardPlan,
 
 def _obstacle(problem: Problem, arrays: dict[str, Array]) -> str:
     """Why Hopper's kernels do not serve these arrays; empty where they do."""
-    if _plan.few_queries(problem):
+    if _plan_sm90.few_queries(problem):
         return f"{problem.seqlen_q} queries do not fill a tile of its kernels"
     return _params.tma_obstacle(arrays)
 
@@ -168,13 +168,13 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     return Gradients(*grads, dbias, dsinks)
 
 
-def _run(on: Gpu, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+def _run(on: Gpu, kernel: _traits.Kernel, blocks: int, params: bytes) -> None:
     if blocks:
         on.run(kernel, blocks, params)
 
 
 def _tables(
-    problem: Problem, traits: _plan.Traits, tiling: _plan.Tiling, on: Gpu, of_keys: bool
+    problem: Problem, traits: _traits.Traits, tiling: _traits.Tiling, on: Gpu, of_keys: bool
 ) -> _params.Tables:
     """What a launch reads that is computed on the device; `of_keys`: for a backward pass."""
     tables = _params.NO_TABLES
@@ -186,7 +186,7 @@ def _tables(
     return tables
 
 
-def _query_tiles(problem: Problem, tiling: _plan.Tiling) -> int:
+def _query_tiles(problem: Problem, tiling: _traits.Tiling) -> int:
     """Of all heads of Rows; of packed sequences, at most."""
     group = problem.group if tiling.pack_group else 1
     heads, rows = problem.heads_q // group, problem.seqlen_q * group
@@ -195,7 +195,7 @@ def _query_tiles(problem: Problem, tiling: _plan.Tiling) -> int:
     return problem.batch * heads * -(-rows // tiling.block_q)
 
 
-def _key_tiles(problem: Problem, tiling: _plan.Tiling) -> int:
+def _key_tiles(problem: Problem, tiling: _traits.Tiling) -> int:
     """Likewise, of all heads of k."""
     if problem.packing is not None:
         return problem.heads_k * (problem.seqlen_k // tiling.block_kv + problem.sequences)

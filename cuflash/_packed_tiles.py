@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from cuflash import _params, _plan
+from cuflash import _params, _plan_small, _traits
 from cuflash._gpu import Gpu
 from cuflash._params import PackingTables
 from cuflash._problem import Array, Problem
 
 
 def packing_tables(
-    problem: Problem, tiling: _plan.Tiling, on: Gpu, of_keys: bool
+    problem: Problem, tiling: _traits.Tiling, on: Gpu, of_keys: bool
 ) -> tuple[PackingTables, tuple[Array, ...]]:
     """Where the tables are, and the arrays that own them; `of_keys`: also the tiles of keys."""
     cu_seqlens_q, cu_seqlens_k = problem.packing
@@ -38,7 +38,7 @@ def _tables(
     count = tokens * group // block + sequences if lists else 0
     edges, first_tile = (on.empty((sequences + 1,), np.int32) for _ in range(2))
     tiles = on.empty((count, 2), np.int32)
-    kernel = _plan.packed_tiles_kernel(on.device.capability)
+    kernel = _plan_small.packed_tiles_kernel(on.device.capability)
     params = _params.pack_packed_tiles(cu, edges, first_tile, tiles, tokens, group, block)
     on.run(kernel, 1, params)
     return edges, first_tile, tiles

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash import _classify, _params, _plan
+from cuflash import _classify, _params, _plan_small, _traits
 from cuflash._gpu import Gpu
 from cuflash._problem import Array, GradientProblem, Problem
 
@@ -28,7 +28,7 @@ class RowStats(NamedTuple):
 
 def bias_gradient(
     gradient: GradientProblem,
-    traits: _plan.Traits,
+    traits: _traits.Traits,
     stats: RowStats,
     tables: _params.Tables,
     on: Gpu,
@@ -36,7 +36,7 @@ def bias_gradient(
     """Of the bias's shape and dtype."""
     problem = gradient.forward
     bias = problem.bias
-    plan = _plan.bias_gradient_plan(traits, on.device.capability)
+    plan = _plan_small.bias_gradient_plan(traits, on.device.capability)
     sights = None
     if problem.mask is not None:
         sights = _classify.sights(problem, tables, traits, plan.tiling, on, whole_rows=False)
@@ -62,7 +62,7 @@ def bias_gradient(
 
 def sink_gradient(
     problem: Problem,
-    traits: _plan.Traits,
+    traits: _traits.Traits,
     stats: RowStats,
     tables: _params.Tables,
     dtype: np.dtype,
@@ -70,6 +70,6 @@ def sink_gradient(
 ) -> Array:
     """Of the sinks' shape, in this dtype."""
     dsinks = on.empty((problem.heads_q,), np.float32)
-    kernel = _plan.sink_gradient_kernel(traits, on.device.capability)
+    kernel = _plan_small.sink_gradient_kernel(traits, on.device.capability)
     on.run(kernel, problem.heads_q, _params.pack_sink_gradient(problem, tables, stats, dsinks))
     return on.as_contiguous(dsinks, dtype)

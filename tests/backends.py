@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 import cuflash
-from cuflash import _params, _plan
+from cuflash import _params, _traits
 from cuflash._mask_tree import Mask
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import GradientProblem, Gradients, Problem
@@ -124,7 +124,7 @@ Backend = CpuBackend | GpuBackend | EmulatedBackend
 class Launch:
     """What an emulated GPU has run."""
 
-    kernel: _plan.Kernel
+    kernel: _traits.Kernel
     blocks: int
     stats: Any  # emulator.Stats
     buffers: Sequence[np.ndarray]
@@ -145,11 +145,11 @@ class EmulatedGpu:
     def __init__(
         self, capability: int, schedule: str, seed: int, inputs: Sequence[np.ndarray]
     ) -> None:
-        self.device = _plan.Device(capability, l2_bytes=1 << 20, sms=3)
+        self.device = _traits.Device(capability, l2_bytes=1 << 20, sms=3)
         self.launches: list[Launch] = []
         self._schedule, self._seed = schedule, seed
         self.buffers = list(inputs)
-        self._stream: list[tuple[_plan.Kernel, int, bytes] | Callable[[], None]] = []
+        self._stream: list[tuple[_traits.Kernel, int, bytes] | Callable[[], None]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         import emulator
@@ -175,7 +175,7 @@ class EmulatedGpu:
             address, extents, strides, box, tensor_map.swizzle_bytes, itemsize
         )
 
-    def run(self, kernel: _plan.Kernel, blocks: int, params: bytes) -> None:
+    def run(self, kernel: _traits.Kernel, blocks: int, params: bytes) -> None:
         if blocks < 1:
             raise ValueError(f"{kernel.entry} is launched with {blocks} blocks: the driver refuses")
         self._stream.append((kernel, blocks, params))
@@ -208,7 +208,7 @@ class EmulatedGpu:
 
 
 @cache
-def _emulated_kernel(kernel: _plan.Kernel) -> Any:
+def _emulated_kernel(kernel: _traits.Kernel) -> Any:
     import emulator
 
     from cuflash import _jit

@@ -11,7 +11,7 @@ import pytest
 from unreal_gpu import Maker
 
 import cuflash
-from cuflash import _jit, _params, _plan, reference
+from cuflash import _jit, _params, _traits, reference
 from cuflash.__main__ import main
 
 B, SQ, SK, H, D = 2, 5, 7, 2, 8
@@ -164,7 +164,7 @@ def test_elements_at_odd_addresses(name: str) -> None:
     arrays = {**{name: make(shape) for name, shape in SHAPES.items()}, name: array}
     with refused(f"attention: {name} "):
         problem = make.problem(**arrays)
-        _plan.Traits.of(problem, _params.alignment(arrays["q"], arrays[name]))
+        _traits.Traits.of(problem, _params.alignment(arrays["q"], arrays[name]))
 
 
 # Threads and processes

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import _plan, _work, reference
+from cuflash import _traits, _work, reference
 from cuflash.__main__ import main
 from cuflash._mask_blocks import NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
@@ -111,7 +111,7 @@ def test_tiles_are_those_of_the_kernels(capability: int, forward_tile: tuple[int
     assert block_q in (64, 128) and block_kv in (64, 128)
     plain = bench._gpu_tiles(capability, cell.dense, inputs)
     assert plain["forward"] == {80: (128, 64), 90: (128, 128)}[capability]
-    assert _plan.backend_of(capability, tma=True) == f"sm{capability}"
+    assert _traits.backend_of(capability, tma=True) == f"sm{capability}"
 
 
 def test_inputs_of_a_gpu_travel_once() -> None:

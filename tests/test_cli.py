@@ -10,7 +10,7 @@ import cuflash
 from cuflash import _jit, _plan, reference
 from cuflash.__main__ import main
 from cuflash._checks import BFLOAT16, FLOAT64
-from cuflash._plan import Kernel
+from cuflash._traits import Kernel
 from cuflash.cli import bench, check, compile, contenders, extras, oracle, suites, tables, timing
 from cuflash.cli.cases import Case, spread
 from cuflash.cli.cells import Cell

@@ -10,7 +10,7 @@ import pytest
 from conftest import emulated
 from test_attention import NON_FINITE, bits, check, check_non_finite, run
 
-from cuflash import _jit, _plan
+from cuflash import _jit, _plan, _traits
 from cuflash.cli.cases import Case
 
 pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
@@ -39,8 +39,8 @@ CASES = {
 }
 
 
-def traits(head_dim: int, head_dim_v: int, *, softcap: bool = False) -> _plan.Traits:
-    return _plan.Traits(
+def traits(head_dim: int, head_dim_v: int, *, softcap: bool = False) -> _traits.Traits:
+    return _traits.Traits(
         dtype="bfloat16",
         head_dim=head_dim,
         head_dim_v=head_dim_v,

@@ -13,7 +13,7 @@ from backends import EmulatedGpu, _arrays_of
 from conftest import emulated
 from injection import assert_noticed, put_in
 
-from cuflash import _gpu, _launch, _params, _plan
+from cuflash import _gpu, _launch, _params, _traits
 from cuflash._problem import Problem
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -354,7 +354,7 @@ def test_a_choice_is_kept_by_layout_alone() -> None:
     out = np.empty_like(arrays.q)
 
     def choice(capability: int = 90, **changes: Any) -> Any:
-        device = _plan.Device(capability, l2_bytes=1 << 20, sms=3)
+        device = _traits.Device(capability, l2_bytes=1 << 20, sms=3)
         given = {"q": arrays.q, "k": arrays.k, "v": arrays.v, **changes}
         problem = Problem.create("attention", "cuda", **given)
         return _launch._forward_choice(problem, out, device)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cuflash import _jit
-from cuflash._plan import Kernel
+from cuflash._traits import Kernel
 
 pytest.importorskip("cupy", reason="compiling needs CuPy")
 

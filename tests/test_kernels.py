@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cuflash import _jit, _params, _plan
+from cuflash import _jit, _params, _plan, _traits
 
 pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
 
@@ -30,9 +30,9 @@ FLAGS = {  # vec_bytes, pack_group, softcap, scale_first, few_rows, dtype
 }
 
 
-def traits(head_dim: int, head_dim_v: int, flags: str) -> _plan.Traits:
+def traits(head_dim: int, head_dim_v: int, flags: str) -> _traits.Traits:
     vec, pack_group, softcap, scale_first, few_rows, dtype = FLAGS[flags]
-    return _plan.Traits(
+    return _traits.Traits(
         dtype, head_dim, head_dim_v, vec, pack_group, softcap, scale_first, few_rows
     )
 
@@ -66,7 +66,7 @@ def test_every_pair_of_head_sizes(capability: int, head_dim: int, head_dim_v: in
     check_all(traits(head_dim, head_dim_v, "plain"), capability)
 
 
-def check_all(chosen: _plan.Traits, capability: int) -> None:
+def check_all(chosen: _traits.Traits, capability: int) -> None:
     """Forward and the three kernels of backward."""
     forward = _plan.forward_plan(chosen, capability).kernel
     backward = _plan.backward_plan(chosen, capability, deterministic=True)
@@ -78,7 +78,7 @@ def check_all(chosen: _plan.Traits, capability: int) -> None:
     check(_plan.backward_plan(chosen, capability, deterministic=False).main, _params.BACKWARD_BYTES)
 
 
-def check(kernel: _plan.Kernel, params_bytes: int) -> None:
+def check(kernel: _traits.Kernel, params_bytes: int) -> None:
     cubin = _jit.cached_cubin(kernel)
     resources = cubin.resources
     assert resources.stack_bytes <= invariant_bytes(kernel), (kernel, resources)
@@ -88,7 +88,7 @@ def check(kernel: _plan.Kernel, params_bytes: int) -> None:
     assert kernel_params_bytes(cubin.image) == params_bytes
 
 
-def invariant_bytes(kernel: _plan.Kernel) -> int:
+def invariant_bytes(kernel: _traits.Kernel) -> int:
     """Local memory that a kernel may have for loop invariants, never enough for accumulators.
 
     Beside 160 accumulators or more a thread has few registers left, and some versions of ptxas keep
@@ -135,12 +135,12 @@ def check_hopper(head_dims: tuple[int, int], flags: str) -> None:
     check_hopper_kernel(plan.kernel, _params.FORWARD_SM90_BYTES)
 
 
-def check_hopper_kernel(kernel: _plan.Kernel, params_bytes: int) -> None:
+def check_hopper_kernel(kernel: _traits.Kernel, params_bytes: int) -> None:
     cubin = _jit.cached_cubin(kernel)
     assert not re.findall(r"C75(?:08|1[0-6]|18|20)", cubin.log), (kernel, cubin.log)
     assert cubin.resources.stack_bytes == cubin.resources.spill_bytes == 0, (kernel, cubin.log)
     assert cubin.resources.registers * kernel.threads <= 65536, (kernel, cubin.log)
-    assert kernel.smem_bytes <= _plan.smem_limit(90)
+    assert kernel.smem_bytes <= _traits.smem_limit(90)
     assert kernel_params_bytes(cubin.image) == params_bytes
     counts = instructions(cubin.image)
     for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
@@ -166,7 +166,7 @@ def test_each_source_compiles_with_its_own_defaults() -> None:
     for source in sorted(_jit.kernel_dir().glob("*.cu")):
         entry = re.sub(r"(_wide)?_sm\d+$", "", source.stem)
         arch = "sm_90a" if source.stem.endswith("_sm90") else "sm_80"
-        kernel = _plan.Kernel(source.name, entry, arch, (), 256, 0)
+        kernel = _traits.Kernel(source.name, entry, arch, (), 256, 0)
         assert _jit.compile_cubin(kernel).image[:4] == b"\x7fELF"
 
 
@@ -174,7 +174,7 @@ def test_static_asserts_tie_the_plan_to_the_source() -> None:
     kernel = _plan.forward_plan(traits(64, 64, "plain"), 80).kernel
     for name in ("SMEM_BYTES", "PARAMS_BYTES"):
         constants = {**dict(kernel.constants), name: 4096}
-        wrong = _plan.Kernel(
+        wrong = _traits.Kernel(
             kernel.source, kernel.entry, kernel.arch, tuple(constants.items()), 128, 4096
         )
         with pytest.raises(_jit.CompileError, match="differs from the"):

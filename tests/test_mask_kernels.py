@@ -12,9 +12,9 @@ from backends import EmulatedBackend, EmulatedGpu, _arrays_of
 from conftest import emulated
 from test_attention import check, check_non_finite, run
 
-from cuflash import _classify, _launch, _plan, masks, reference
-from cuflash._plan import Tiling
+from cuflash import _classify, _launch, _traits, masks, reference
 from cuflash._problem import GradientProblem, Problem
+from cuflash._traits import Tiling
 from cuflash.cli.cases import Case
 from cuflash.masks import Mask
 
@@ -90,7 +90,7 @@ def check_lists(problem: Problem, tiling: Tiling, of_keys: bool) -> None:
     """The lists that a kernel of this tiling gets are those of the brute force."""
     on = gpu_of(problem)
     on_device = _launch._with_device_arrays(problem, on)
-    traits = _plan.Traits.of(problem, alignment=16)
+    traits = _traits.Traits.of(problem, alignment=16)
     entries = _classify.tables(on_device, traits, tiling, on, of_keys).owners[-1]
     on.synchronize()
     sights = brute_force(problem, tiling, whole_rows=of_keys)
@@ -192,7 +192,7 @@ def test_batch_entries_and_heads_share_lists(
     mask: Mask, options: dict[str, Any], shape: tuple[int, int]
 ) -> None:
     problem = problem_of(GROUPED, mask=mask, **options)
-    on, traits = gpu_of(problem), _plan.Traits.of(problem, alignment=16)
+    on, traits = gpu_of(problem), _traits.Traits.of(problem, alignment=16)
     for of_keys in (FORWARD, BACKWARD):
         tables = _classify.tables(problem, traits, Tiling(16, 16, True), on, of_keys)
         assert tables.owners[-1].shape[:2] == shape
@@ -205,7 +205,7 @@ def test_memory_is_a_few_bytes_per_tile() -> None:
     case = Case(batch=1, seqlen_q=1 << 16, seqlen_k=1 << 16, heads_q=1, heads_k=1, head_dim=1)
     ids = np.zeros((1, 1 << 16), np.int64)
     problem = problem_of(case, mask=masks.causal() & masks.documents(ids))
-    traits = _plan.Traits.of(problem, alignment=16)
+    traits = _traits.Traits.of(problem, alignment=16)
     for of_keys in (FORWARD, BACKWARD):
         on = gpu_of(problem)
         inputs = len(on.buffers)
@@ -327,7 +327,7 @@ IN_BACKWARD = ["mask_bits", "mask_tiles", "mask_lists", "mask_lists"]
 OF_BACKWARD = ["flash_bwd_prep", "flash_bwd", "flash_bwd_post"]
 
 
-def launched(backend: EmulatedBackend, mask: Any) -> list[_plan.Kernel]:
+def launched(backend: EmulatedBackend, mask: Any) -> list[_traits.Kernel]:
     """By a forward and a backward pass."""
     before = len(backend.launches)
     run(backend, CASE, mask=mask)
@@ -369,7 +369,7 @@ def test_new_data_compile_nothing() -> None:
             offset = rng.integers(0, 9, case.batch) if heads == 1 else heads
             tree = masks.intervals(start, end) & ~masks.window(heads, None, offset=offset)
             tree |= masks.documents(ids, ids[:, :1].repeat(case.seqlen_k, axis=1))
-            sources.add(_plan.Traits.of(problem_of(case, mask=tree), alignment=16).extras)
+            sources.add(_traits.Traits.of(problem_of(case, mask=tree), alignment=16).extras)
     assert len(sources) == 1
     backend = emulated()
     assert len({tuple(launched(backend, masks.dense(SEEN[name]))) for name in SEEN}) == 1

@@ -11,43 +11,43 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cuflash import _params, _plan
+from cuflash import _params, _plan, _traits
 from cuflash._checks import MAX_HEAD_DIM
 from cuflash._problem import Problem
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
 DTYPES = ("bfloat16", "float16")
-PLAIN = _plan.Traits("bfloat16", 128, 128, 16, False, False, False, False)
+PLAIN = _traits.Traits("bfloat16", 128, 128, 16, False, False, False, False)
 
 
-def plain(head_dim: int, head_dim_v: int | None = None) -> _plan.Traits:
-    return _plan.Traits(
+def plain(head_dim: int, head_dim_v: int | None = None) -> _traits.Traits:
+    return _traits.Traits(
         "bfloat16", head_dim, head_dim_v or head_dim, 16, False, False, False, False
     )
 
 
-def every_traits() -> Iterator[_plan.Traits]:
+def every_traits() -> Iterator[_traits.Traits]:
     """All that `Traits.of` can give."""
-    dims = [size for size in range(1, MAX_HEAD_DIM + 1) if size == _plan.padded(size)]
+    dims = [size for size in range(1, MAX_HEAD_DIM + 1) if size == _traits.padded(size)]
     scores = ((False, False), (True, False), (False, True))
     flags = (False, True)
     for few_rows, (
         softcap,
         scale_first,
     ), pack_group, vec, dtype, head_dim, head_dim_v in itertools.product(
-        flags, scores, flags, _plan.VEC_BYTES, DTYPES, dims, dims
+        flags, scores, flags, _traits.VEC_BYTES, DTYPES, dims, dims
     ):
-        traits = _plan.Traits(
+        traits = _traits.Traits(
             dtype, head_dim, head_dim_v, vec, pack_group, softcap, scale_first, few_rows
         )
         yield traits
-        if vec == _plan.TMA_BYTES and not few_rows:
+        if vec == _traits.TMA_BYTES and not few_rows:
             yield replace(traits, tma=True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_plan_fits(capability: int) -> None:
-    limit = _plan.smem_limit(capability)
+    limit = _traits.smem_limit(capability)
     count = 0
     for traits in every_traits():
         backward = _plan.backward_plan(traits, capability, True)
@@ -91,7 +91,7 @@ TILES_86 = {
 
 @pytest.mark.parametrize(("capability", "tiles"), [(80, TILES_80), (86, TILES_86)])
 def test_chosen_tiles(capability: int, tiles: dict) -> None:
-    def sizes(kernel: _plan.Kernel, *names: str) -> tuple[int, ...]:
+    def sizes(kernel: _traits.Kernel, *names: str) -> tuple[int, ...]:
         constants = dict(kernel.constants)
         return tuple(constants[name] for name in names)
 
@@ -111,17 +111,17 @@ def test_traits_of_a_problem() -> None:
     k = np.zeros((2, 300, 2, 40), np.float16)
     v = np.zeros((2, 300, 2, 65), np.float16)
     problem = Problem.create("attention", "cuda", q, k, v, softcap=3.0, scale=-1.0)
-    assert _plan.Traits.of(problem, 2) == _plan.Traits(
+    assert _traits.Traits.of(problem, 2) == _traits.Traits(
         "float16", 64, 96, 2, pack_group=True, softcap=True, scale_first=False, few_rows=False
     )
     problem = Problem.create("attention", "cuda", q[:, :10], k, v, scale=0.0)
-    traits = _plan.Traits.of(problem, 8)
+    traits = _traits.Traits.of(problem, 8)
     assert (traits.vec_bytes, traits.scale_first, traits.few_rows) == (8, True, True)
 
 
 @pytest.mark.parametrize(("alignment", "width"), [(16, 16), (8, 8), (4, 4), (2, 2), (32, 16)])
 def test_vector_width(alignment: int, width: int) -> None:
-    assert _plan.vec_bytes(alignment) == width
+    assert _traits.vec_bytes(alignment) == width
 
 
 def test_alignment_looks_at_addresses_and_strides_that_matter() -> None:
@@ -146,7 +146,7 @@ def test_old_gpus_are_refused() -> None:
 
 
 def test_sections_of_heads_share_the_cache() -> None:
-    device = _plan.Device(90, l2_bytes=50 << 20, sms=132)
+    device = _traits.Device(90, l2_bytes=50 << 20, sms=132)
     x = np.zeros((4, 1, 16, 128), np.float16)
     keys = np.broadcast_to(x[:, :1], (4, 4096, 16, 128))  # 2 MiB of keys and values per head
     problem = Problem.create("attention", "cuda", x, keys, keys)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cuflash
-from cuflash import _jit, _plan
+from cuflash import _jit, _plan, _traits
 from cuflash._checks import BFLOAT16
 from cuflash._problem import Problem
 from cuflash._work import MASK_BLOCK
@@ -212,7 +212,7 @@ def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:
     arrays = (inputs.q, inputs.k, inputs.v)
     options = {"causal": cell.causal, "mask": mask, "bias": inputs.bias}
     problem = Problem.create("bench", "cuda", *arrays, **options)
-    traits = _plan.Traits.of(problem, _plan.TMA_BYTES, tma=True)
+    traits = _traits.Traits.of(problem, _traits.TMA_BYTES, tma=True)
     plans = {
         "forward": _plan.forward_plan(traits, capability),
         "backward": _plan.backward_plan(traits, capability, deterministic=True),

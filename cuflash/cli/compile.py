@@ -14,7 +14,7 @@ from typing import Any
 
 from cuflash import _jit, _plan
 from cuflash._checks import MAX_HEAD_DIM
-from cuflash._plan import Kernel
+from cuflash._traits import Kernel
 from cuflash.cli.gpus import CommandError, find_gpus
 from cuflash.cli.progress import progress, say
 

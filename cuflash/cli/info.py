@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 import cuflash
-from cuflash import _jit, _plan
+from cuflash import _jit, _traits
 from cuflash.cli.gpus import Gpu, driver_version, find_gpus
 
 PACKAGES = ("numpy", "ml_dtypes", "threadpoolctl")
@@ -68,9 +68,7 @@ def _describe(gpu: Gpu) -> str:
 
 def _backend(gpu: Gpu) -> str:
     try:
-        return (
-            f"backend {_plan.backend_of(gpu.capability, tma=True)}, by its architecture {gpu.arch}"
-        )
+        return f"backend {_traits.backend_of(gpu.capability, tma=True)}, by its architecture {gpu.arch}"
     except NotImplementedError as error:
         return f"no backend: {error}"
 
