@@ -68,7 +68,8 @@ def _describe(gpu: Gpu) -> str:
 
 def _backend(gpu: Gpu) -> str:
     try:
-        return f"backend {_traits.backend_of(gpu.capability, tma=True)}, by its architecture {gpu.arch}"
+        backend = _traits.backend_of(gpu.capability, tma=True)
+        return f"backend {backend}, by its architecture {gpu.arch}"
     except NotImplementedError as error:
         return f"no backend: {error}"
 
