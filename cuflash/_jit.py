@@ -28,7 +28,7 @@ SLOW_COMPILE_SECONDS = 1.0
 GENERATED_HEADER = "generated.cuh"
 # The files that a user's expressions claim to be lines of (_program.py).
 _USER_CODE = r"masks\.expression|ScoreMod\.forward|ScoreMod\.backward"
-_USER_LINES = rf'#line 1 "({_USER_CODE})"\n((?:.|\n)*?)\n#line'
+_USER_LINES = rf'#line 1 "({_USER_CODE})"\n((?:.|\n)*?)\n  \);\n#line'
 
 logger = logging.getLogger("cuflash")
 
@@ -228,8 +228,8 @@ def _complaint(kernel: Kernel, arch: str, log: str) -> str:
     log = log.rstrip("\0")
     own = re.findall(rf"^(?:{_USER_CODE}).*: error: .*(?:\n(?!\S).*)*", log, re.MULTILINE)
     if own:
-        lines = dict(re.findall(_USER_LINES, kernel.generated))
-        blamed = [f"  {name}: {lines[name]}" for name in lines if any(name in x for x in own)]
+        written = re.findall(_USER_LINES, kernel.generated)
+        blamed = [f"  {name}: {code}" for name, code in written if any(name in x for x in own)]
         return "\n".join(["cuflash: the expression does not compile", *blamed, *own])
     return (
         f"cuflash: NVRTC {_dotted(nvrtc_version())} cannot compile {_describe(kernel, arch)}\n{log}"

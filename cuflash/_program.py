@@ -186,21 +186,23 @@ class _Writer:
     def _named(self, named: Any) -> Iterator[str]:
         """Declarations of the arrays that an expression reads."""
         for (name, x), number in zip(named.items(), count(self.used), strict=False):
-            yield f"  const auto& {name} = attached<NamedArray<{_C_TYPES[x.dtype]}>>(p, {number});"
+            named_array = f"NamedArray<{', '.join([_C_TYPES[x.dtype]] + ['i64'] * x.ndim)}>"
+            yield f"  const auto& {name} = attached<{named_array}>(p, {number});"
 
 
 def _body(file: str, code: str, declarations: Iterator[str]) -> str:
     """A user's expression between lines of ours; the compiler counts its lines from 1 in `file`."""
-    place = "  const int b = at.b, h = at.h, i = at.i, j = at.j;"
+    place = "  [[maybe_unused]] const int b = at.b, h = at.h, i = at.i, j = at.j;"
     lines = [
         place,
         *declarations,
         "  return (",
         f'#line 1 "{file}"',
         code,
+        "  );",
         '#line 1 "generated.cuh"',
     ]
-    return "\n".join([*lines, "  );", ""])
+    return "\n".join([*lines, ""])
 
 
 @singledispatch

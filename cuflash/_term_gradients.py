@@ -36,6 +36,8 @@ def bias_gradient(
     """Of the bias's shape and dtype."""
     problem = gradient.forward
     bias = problem.bias
+    if not problem.k.size:
+        return on.zeros(bias.shape, bias.dtype)
     plan = _plan_small.bias_gradient_plan(traits, on.device.capability)
     sights = None
     if problem.mask is not None:

@@ -209,16 +209,16 @@ struct Stored<BFloat16> {
   static DEVICE float value(u16 x) { return to_float<BFloat16>(x); }
 };
 
-// A user's array of one to four axes, in expressions name(index, ...), each index clamped.
-template <class T>
+// A user's array of one to four axes, in expressions name(index, ...), each index clamped; an i64
+// for each axis.
+template <class T, class... Indices>
 struct NamedArray {
   const u8* data;
   int extent[4];
   i64 stride[4];  // bytes
 
-  template <class... Indices>
   DEVICE auto operator()(Indices... indices) const {
-    const i64 index[] = {(i64)indices...};
+    const i64 index[] = {indices...};
     i64 offset = 0;
 #pragma unroll
     for (int axis = 0; axis < (int)sizeof...(indices); axis++)
@@ -234,7 +234,7 @@ static_assert(sizeof(PrefixLeaf) <= sizeof(Attachment), "leaves fit into attachm
 static_assert(sizeof(IntervalsLeaf) <= sizeof(Attachment), "leaves fit into attachments");
 static_assert(sizeof(BlocksLeaf) <= sizeof(Attachment), "leaves fit into attachments");
 static_assert(sizeof(DenseLeaf) <= sizeof(Attachment), "leaves fit into attachments");
-static_assert(sizeof(NamedArray<float>) <= sizeof(Attachment), "arrays fit into attachments");
+static_assert(sizeof(NamedArray<float, i64>) <= sizeof(Attachment), "arrays fit into attachments");
 
 // Attachment k of a call, as the structure that the generated program knows it to be.
 #if ATTACHMENTS
