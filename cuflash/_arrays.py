@@ -91,10 +91,10 @@ def hide_exponentials(x: np.ndarray, hidden: Hidden | None) -> np.ndarray:
         return hide(x, hidden, 0)
     heads, rows, keys = x.shape
     by_head = x.reshape(heads, hidden.group, rows // hidden.group, keys)
-    zero, nan = x.dtype.type(0), x.dtype.type(np.nan)
     for columns, where in hidden.parts:
-        # The minimum that is no NaN, in one pass: copyto branches at each element.
-        np.fmin(by_head[..., columns], np.where(where, zero, nan), out=by_head[..., columns])
+        # 0 / 1 is 0 and 0 / 0 is NaN, which fmin passes over: no branch, as copyto has it.
+        limit = np.divide(0, where.astype(x.dtype))
+        np.fmin(by_head[..., columns], limit, out=by_head[..., columns])
     return x
 
 

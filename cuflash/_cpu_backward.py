@@ -103,7 +103,7 @@ def _differentiate(item: Item, sums: GradientSums, split: int) -> None:
 
 def _differentiate_masked(item: Item, sums: GradientSums, split: int) -> None:
     """Add what one split of the tiles of rows contributes to the gradients of some heads."""
-    work, row_tiles = item.work, item.row_tiles()[item.split(split, sums.splits)]
+    work, row_tiles = item.work, sums.row_splits[item.start][split]
     if not row_tiles:
         return
     span = item.span_of_keys(slice(row_tiles[0].start, row_tiles[-1].stop))
@@ -218,15 +218,17 @@ class GradientSums:
         self.loaded: dict[tuple[int, int, int], list[_RowBlock]] = {}  # where splits share rows
         inputs = (problem.q, problem.k, problem.v)
         self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
-        masked = work.mask is not None
+        masked, items = work.mask is not None, work.items()
         if masked:
-            tiles = max((len(item.row_tiles()) for item in work.items()), default=1)
+            tiles = max((len(item.row_tiles()) for item in items), default=1)
         else:
             tiles = math.ceil(problem.seqlen_k / work.tile_keys)
         self.splits = max(1, min(tiles, work.many_tasks // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         # With a mask splits of the rows share dk and dv: each keeps its part until the end.
         copies = 1 if masked else self.splits
+        if masked:
+            self.row_splits = {item.start: item.split_rows(self.splits) for item in items}
         self.dq_copies = [self.all_dq]
         if copies > 1:
             self.dq_copies = [empty_like(problem.q, dtype=work.dtype) for _ in range(copies)]

@@ -26,6 +26,7 @@ class BlockMask:
     mask: tree.Mask
     grid: Grid
     states: np.ndarray  # (B or 1, Hk or 1, group or 1, blocks of rows, of keys): NOTHING, ...
+    scattered: bool  # whether rows of a block may change often between visible and hidden
     kept_tiles: dict[tuple[int, ...], list[slice]] = field(default_factory=dict)
 
     @classmethod
@@ -40,14 +41,16 @@ class BlockMask:
         mask = problem.mask
         if problem.window != (None, None):
             mask = tree.And(mask, tree.Band(*problem.window, None))
+        spans = (tree.Band, tree.Lengths, tree.Prefix, tree.Intervals)
+        scattered = not all(isinstance(leaf, spans) for leaf in mask.leaves())
         per_batch = (problem.offset, problem.q_lens, problem.kv_lens)
         if not isinstance(problem.mask, tree.Compiled) or any(map(_is_array, per_batch)):
-            return cls(mask, grid, classify(mask, grid))
+            return cls(mask, grid, classify(mask, grid), scattered)
         key = ("cpu", shape, block, problem.window, problem.offset)
         tables = problem.mask.tables
         if key not in tables:
             tables[key] = classify(mask, grid)
-        return cls(mask, grid, tables[key])
+        return cls(mask, grid, tables[key], scattered)
 
     @property
     def shares_heads(self) -> bool:
@@ -83,10 +86,10 @@ class BlockMask:
         self.kept_tiles[key] = [slice(*pair) for pair in pairwise(edges)]
         return self.kept_tiles[key]
 
-    def pairs(self, batch: int, head: int, member: int, rows: slice) -> int:
-        """About how many pairs of these rows and keys a tile computes."""
+    def keys_seen(self, batch: int, head: int, member: int, rows: slice) -> int:
+        """About how many keys a tile of rows sees."""
         seen = np.count_nonzero(self.states_of(batch, head, member, rows))
-        return int(seen) * self.grid.block[1] * (rows.stop - rows.start)
+        return int(seen) * self.grid.block[1]
 
     def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> tuple[int, int]:
         """Where the blocks of keys start and end that some tiles of rows see."""
@@ -104,8 +107,11 @@ class BlockMask:
     def visible(self, area: Area) -> np.ndarray:
         """(1 or heads, 1 or members, rows, keys)."""
         visible = np.asarray(_visible(self.mask, area))
-        rows, keys = (side.stop - side.start for side in (area.rows, area.keys))
-        return np.broadcast_to(visible, np.broadcast_shapes(visible.shape, (1, 1, rows, keys)))
+        visible = visible[(None,) * (4 - visible.ndim)]
+        shape = (area.rows.stop - area.rows.start, area.keys.stop - area.keys.start)
+        if visible.shape[2:] == shape:
+            return visible
+        return np.broadcast_to(visible, (*visible.shape[:2], *shape))
 
 
 class Grid(NamedTuple):
@@ -397,7 +403,7 @@ def _(mask: tree.Expression, grid: Grid) -> Sight:
     batch, heads, *_ = grid.shape
     pair = np.zeros((1, 1), np.int64), np.zeros(1, np.int64)
     b, h = np.arange(batch)[:, None, None, None], np.arange(heads)[:, None, None]
-    result = np.asarray(mask.function(b, h, *pair, **mask.named))
+    result = mask.evaluate((batch, heads, 1, 1), b, h, *pair)
     some = np.ones_like(grid.by_key_head(_four_axes(result)), dtype=bool)
     return Sight(some, ~some)
 
@@ -407,10 +413,8 @@ def _(mask: tree.Expression, area: Area) -> np.ndarray:
     grid = area.grid
     h = np.arange(grid.shape.heads_q).reshape(-1, grid.group)[area.heads, area.members]
     b = np.full((1, 1, 1, 1), area.batch)
-    visible = np.asarray(
-        mask.function(b, h.reshape(-1, 1, 1), area.i, area.j, **mask.named), dtype=bool
-    )
-    visible = _four_axes(visible)[0]
+    shape = (1, h.size, area.i.size, area.j.size)
+    visible = _four_axes(mask.evaluate(shape, b, h.reshape(-1, 1, 1), area.i, area.j))[0]
     return visible.reshape(*(h.shape if visible.shape[0] > 1 else (1, 1)), *visible.shape[1:])
 
 

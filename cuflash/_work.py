@@ -211,7 +211,8 @@ class Tile:
             for (columns, _), run in zip(self.columns, self.runs, strict=True)
             if run.hidden is not None
         ]
-        scattered = self.item.work.mask is not None
+        mask = self.item.work.mask
+        scattered = mask is not None and mask.scattered
         return Hidden(self.item.group, parts, scattered) if parts else None
 
     @property
@@ -281,19 +282,19 @@ class Item:
     def pairs(self, row_tiles: list[slice]) -> int:
         """About how many pairs of rows and keys these tiles of rows compute."""
         heads = (self.heads.stop - self.heads.start) * self.group
-        if self.work.mask is not None:
-            return heads * sum(self.work.mask.pairs(*self.start, rows) for rows in row_tiles)
-        pairs = 0
+        mask, pairs = self.work.mask, 0
         for rows in row_tiles:
             keys = self.band.keys_of(rows)
-            pairs += (rows.stop - rows.start) * max(0, keys.stop - keys.start)
+            seen = keys.stop - keys.start if mask is None else mask.keys_seen(*self.start, rows)
+            pairs += (rows.stop - rows.start) * max(0, seen)
         return heads * pairs
 
-    def split(self, number: int, count: int) -> slice:
-        """One of `count` spans of the tiles of rows that compute about the same number of pairs."""
-        pairs = np.cumsum([0, *(1 + self.pairs([rows]) for rows in self.row_tiles())])
-        edges = np.searchsorted(pairs, pairs[-1] * np.array([number, number + 1]) // count)
-        return slice(*edges.tolist())
+    def split_rows(self, count: int) -> list[list[slice]]:
+        """The tiles of rows in `count` spans that compute about the same number of pairs."""
+        tiles = self.row_tiles()
+        pairs = np.cumsum([0, *(1 + self.pairs([rows]) for rows in tiles)])
+        edges = np.searchsorted(pairs, pairs[-1] * np.arange(count + 1) // count)
+        return [tiles[start:stop] for start, stop in pairwise(edges.tolist())]
 
     def span_of_keys(self, rows: slice) -> slice:
         """From the first key to the last that some tiles of rows see through the mask."""
@@ -326,10 +327,9 @@ class Item:
     def masked_tiles(self, rows: slice, columns: int = 0) -> Iterator[Tile]:
         """What a tile's rows see of all keys, with columns of 1; the next one overwrites it."""
         work = self.work
-        states = self.work.mask.states_of(*self.start, rows)
-        states = states[: -(-self.band.keys // MASK_BLOCK[1])]
+        states = work.mask.states_of(*self.start, rows)[: -(-self.band.keys // MASK_BLOCK[1])]
         seen = np.count_nonzero(states)
-        tiles = max(1, -(-seen // self.work.most_keys))
+        tiles = max(1, -(-seen // work.most_keys))
         size = -(-seen // tiles) * MASK_BLOCK[1]
         for runs in _filled(self._visible_runs(rows, states), size):
             key, value = (
@@ -349,11 +349,12 @@ class Item:
 
     def _evaluated(self, rows: slice, keys: slice) -> Iterator[Run]:
         """Of these keys the blocks that some row sees some of."""
-        mask = self.work.mask
+        mask, size, width = self.work.mask, MASK_BLOCK[1], keys.stop - keys.start
         visible = mask.visible(Area(mask.grid, *self.index, rows, keys))
-        width = keys.stop - keys.start
-        starts = np.arange(0, width, MASK_BLOCK[1])
-        is_seen = np.logical_or.reduceat(visible.any(axis=(0, 1, 2)), starts)
+        if width <= size:
+            is_seen = visible.any(keepdims=True).reshape(1)
+        else:
+            is_seen = np.logical_or.reduceat(visible.any(axis=(0, 1, 2)), range(0, width, size))
         for seen, columns in _stretches(is_seen, width):
             if seen:
                 hidden = ~visible[..., columns]
@@ -363,10 +364,10 @@ class Item:
 
 def _stretches(states: np.ndarray, stop: int) -> Iterator[tuple[int, slice]]:
     """Blocks of one state side by side: it, and their elements, the last of which is `stop - 1`."""
-    edges = np.flatnonzero(states[1:] != states[:-1]) + 1
-    for first, last in pairwise([0, *edges.tolist(), len(states)]):
+    size = MASK_BLOCK[1]
+    (edges,) = (states[1:] != states[:-1]).nonzero()
+    for first, last in pairwise([0, *(edges + 1).tolist(), len(states)]):
         if first < last:
-            size = MASK_BLOCK[1]
             yield states[first], slice(first * size, min(last * size, stop))
 
 
