@@ -113,7 +113,7 @@ def _differentiate_masked(item: Item, sums: GradientSums, split: int) -> None:
         block = _RowBlock.load(item, sums.gradient, rows, work.scratch.array)
         sums.add_sinks(item, block, split)
         dquery: np.ndarray | float = 0.0
-        for tile in item.masked_tiles(rows, columns=1):
+        for tile in item.masked_tiles(rows):
             of_query, of_key, of_value = _gradients_of(tile, block, sums, split)
             dquery = of_query if isinstance(dquery, float) else np.add(dquery, of_query, out=dquery)
             for columns, seen in tile.columns:
@@ -135,7 +135,7 @@ def _gradients_of(
         dscores *= slope
     dvalue = product(probs, block.dout[..., :-1], hidden, by_key=True)
     dkey = product(dscores, block.query[..., :-1], hidden, by_key=True)
-    return product(dscores, tile.key[..., :-1], hidden), dkey, dvalue
+    return product(dscores, block.without_ones(tile.key), hidden), dkey, dvalue
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,22 +183,32 @@ class _RowBlock:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Kept probabilities, the gradient of the scores, and their slope by scale q kᵀ."""
         shape = (*self.query.shape[:2], tile.key.shape[1])
-        slope = None
+        has_ones, slope = work.mask is None, None
         if work.softcap or work.problem.score_mod is not None:
             slope = work.scratch.array("slope", shape)
-            scores = _terms.scores(tile, self.query[..., :-1], tile.key[..., :-1], slope)
-            scores += self.query[..., -1:]
-        else:
+        if has_ones and slope is None:
             scores = _terms.scores(tile, self.query, tile.key)
+        else:
+            key = self.without_ones(tile.key)
+            scores = _terms.scores(tile, self.query[..., :-1], key, slope)
+            scores += self.query[..., -1:]
         probs, taken = hide_exponentials(exp2(scores), tile.hidden), _terms.dropped(tile)
         dscores = work.scratch.array("dscores", shape)
-        np.matmul(self.dout, transposed(tile.value), out=dscores)
+        if has_ones:
+            np.matmul(self.dout, transposed(tile.value), out=dscores)
+        else:
+            np.matmul(self.dout[..., :-1], transposed(tile.value), out=dscores)
+            dscores += self.dout[..., -1:]
         drop(dscores, taken, self.dout[..., -1:])
         dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
         drop(probs, taken, 0)
         if work.bias is not None:
             hide(dscores, tile.hidden, 0)  # dbias is no product
         return probs, dscores, slope
+
+    def without_ones(self, key: np.ndarray) -> np.ndarray:
+        """A tile's key less the column that it may have."""
+        return key[..., : self.query.shape[-1] - 1]
 
 
 class GradientSums:

@@ -185,7 +185,7 @@ class Run(NamedTuple):
 class Tile:
     """Some rows of an item and keys that they see, which need not lie side by side.
 
-    The backward's key and value have a column of 1 at the end.
+    Without a mask the backward's key and value have a column of 1 at the end.
     """
 
     item: Item
@@ -324,8 +324,8 @@ class Item:
             part = slice(seen.start - keys.start, seen.stop - keys.start)
             yield Tile(self, tile_rows, (run,), key[:, part], value[:, part])
 
-    def masked_tiles(self, rows: slice, columns: int = 0) -> Iterator[Tile]:
-        """What a tile's rows see of all keys, with columns of 1; the next one overwrites it."""
+    def masked_tiles(self, rows: slice) -> Iterator[Tile]:
+        """What a tile's rows see of all keys; the next tile may overwrite it."""
         work = self.work
         states = work.mask.states_of(*self.start, rows)[: -(-self.band.keys // MASK_BLOCK[1])]
         seen = np.count_nonzero(states)
@@ -333,7 +333,7 @@ class Item:
         size = -(-seen // tiles) * MASK_BLOCK[1]
         for runs in _filled(self._visible_runs(rows, states), size):
             key, value = (
-                _gathered(x[self.key_index], runs, columns, partial(work.scratch.array, name))
+                _gathered(x[self.key_index], runs, partial(work.scratch.array, name))
                 for name, x in (("key", work.k), ("value", work.v))
             )
             yield Tile(self, rows, runs, key, value)
@@ -387,29 +387,25 @@ def _filled(runs: Iterator[Run], size: int) -> Iterator[tuple[Run, ...]]:
 
 
 def _gathered(
-    x: np.ndarray, runs: tuple[Run, ...], columns: int, room: Callable[..., np.ndarray]
+    x: np.ndarray, runs: tuple[Run, ...], room: Callable[[tuple[int, ...]], np.ndarray]
 ) -> np.ndarray:
-    """The keys of some runs, of (heads, Sk, D), and columns of 1 behind them.
-
-    A view where they lie side by side and there are no columns.
-    """
+    """The keys of some runs, of (heads, Sk, D): a view, or copied where they lie apart."""
     spans: list[slice] = []
     for keys, _ in runs:
         if spans and spans[-1].stop == keys.start:
             keys = slice(spans.pop().start, keys.stop)
         spans.append(keys)
-    if len(spans) == 1 and not columns:
+    if len(spans) == 1:
         return x[:, spans[0]]
     heads, _, size = x.shape
     count = sum(span.stop - span.start for span in spans)
-    if columns or x.strides[0] > x.strides[1]:
-        gathered = room((heads, count, size + columns))
+    if x.strides[0] > x.strides[1]:
+        gathered = room((heads, count, size))
     else:  # heads lie side by side in memory, where they are copied as one
         gathered = room((count, heads, size)).swapaxes(0, 1)
     start = 0
     for span in spans:
         stop = start + span.stop - span.start
-        gathered[:, start:stop, :size] = x[:, span]
+        gathered[:, start:stop] = x[:, span]
         start = stop
-    gathered[..., size:] = 1
     return gathered
