@@ -31,6 +31,9 @@ MAX_FACTOR = 1e30  # with 1 / MAX_FACTOR the range of scale and softcap in float
 MAX_INDEX = 2**31 - 1024  # the kernels count rows, keys and blocks in 32 bits, rounded up to tiles
 SMALLEST_TILE = 32  # rows of a query tile, keys of a key tile
 MAX_OFFSET = 2**60  # offset + position + window stays inside 64 bits
+MAX_SEQUENCE = 2**24  # integers that come as a list: more than any batch has
+MAX_RULES = 1024  # of a mask, where one that stands twice counts twice
+MAX_DEPTH = 128  # of a mask's tree, which is walked by recursion
 
 _BOOLS = (bool, np.bool_)
 
@@ -294,6 +297,16 @@ class Check(NamedTuple):
             self.fail(ValueError, f"{name} is {value}; expected at most 2^60 in size")
         return value
 
+    def sequence(self, name: str, values: Any) -> np.ndarray:
+        """A list, tuple or range of integers as an array; what they are is checked later."""
+        try:
+            if len(values) <= MAX_SEQUENCE:
+                return np.asarray(values, dtype=None if len(values) else np.int64)
+        except Exception:  # whatever the elements raise
+            pass
+        found = "range" if isinstance(values, range) else reprlib.repr(values)
+        self.fail(TypeError, f"{name} is {found}; expected one integer per batch entry")
+
     def lengths(self, name: str, lengths: Any, batch: int, longest: int) -> Array | None:
         return None if lengths is None else self.per_batch(name, lengths, batch, 0, longest)
 
@@ -364,6 +377,8 @@ class Check(NamedTuple):
             self.fail(TypeError, f"{name} is {array.dtype}; expected integers")
         if array.shape != shape:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}")
+        if array.dtype == np.uint64:  # read as int64
+            self.values_within(name, array, 0, 2**63 - 1)
 
     def intervals(
         self, name: str, array: Array, batch: int, heads: int, seqlen_q: int, seqlen_k: int
@@ -380,6 +395,15 @@ class Check(NamedTuple):
                 "(batch, k heads or 1, Sk, intervals)",
             )
         self.values_within(name, array, 0, seqlen_q)
+
+    def same_shape(self, name: str, start: Array, end: Array) -> None:
+        """The two arrays of `intervals`; `name` begins the message."""
+        if start.shape != end.shape:
+            self.fail(
+                ValueError,
+                f"{name}start has shape {tuple(start.shape)}, end has {tuple(end.shape)}; "
+                "expected the same",
+            )
 
     def blocks(self, name: str, array: Array, shape: tuple[int, int, int, int]) -> None:
         """A block mask: (nq, nk) or (B or 1, Hq or 1, nq, nk)."""
@@ -465,6 +489,15 @@ class Check(NamedTuple):
             self.fail(TypeError, f"bias is {bias.dtype}; expected {names}")
         self.broadcastable("bias", bias, scores_shape)
         return bias
+
+    def tree(self, rules: int, depth: int) -> None:
+        """How much is joined in one mask."""
+        if rules > MAX_RULES or depth > MAX_DEPTH:
+            self.fail(
+                ValueError,
+                f"the mask joins {rules} rules, {depth} deep; expected at most {MAX_RULES} rules, "
+                f"{MAX_DEPTH} deep (rules of one kind may be one array: dense, blocks, documents)",
+            )
 
     def attachments(self, count: int) -> None:
         """What a mask and a score function hand to a kernel: rules and named arrays."""

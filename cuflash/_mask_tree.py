@@ -6,14 +6,16 @@ The leaves hold arrays of any framework; `with_arrays` gives the same tree with 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from cuflash._checks import Array, Check, check_layouts
 from cuflash.interop import receive
+from cuflash.score_mod import evaluate
 
 
 class ScoresShape(NamedTuple):
@@ -31,26 +33,32 @@ class ScoresShape(NamedTuple):
         return (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Mask:
     """Which queries see which keys. Join masks by ``&``, ``|`` and ``~``."""
 
     __array_ufunc__ = None  # so that `array & mask` comes to __rand__
+    size = (1, 1)  # leaves, as `leaves` counts them, and how deep the deepest of them stands
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, _mask(other, "&"))
+        return _checked(And(self, _mask(other, "&")))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, _mask(other, "|"))
+        return _checked(Or(self, _mask(other, "|")))
 
     def __invert__(self) -> Mask:
-        return Not(self)
+        return self.inner if isinstance(self, Not) else _checked(Not(self))
 
     def __rand__(self, other: Any) -> NoReturn:
         _mask(other, "&")
 
     def __ror__(self, other: Any) -> NoReturn:
         _mask(other, "|")
+
+    def __repr__(self) -> str:
+        """Of arrays the dtype and shape: values are many, and may lie on a GPU."""
+        shown = (f"{x.name}={_shown(getattr(self, x.name))}" for x in fields(self) if x.repr)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def __bool__(self) -> NoReturn:
         raise TypeError("cuflash.masks: a mask is neither true nor false; join masks by &, | and ~")
@@ -72,7 +80,7 @@ class Mask:
         Returns
         -------
         Compiled
-            A mask like any other. Its arrays are on q's device.
+            A mask like any other. Its arrays are on q's device; on a GPU this waits for them.
 
         Raises
         ------
@@ -100,11 +108,14 @@ class Mask:
             mask = call.on_device(mask).map_integers(
                 lambda x: x.astype(np.int64, order="C", copy=False)
             )
-            return Compiled(mask, {})
+            call.wait()  # calls on other streams read these arrays without asking
+            return Compiled(mask.inner if isinstance(mask, Compiled) else mask, {})
 
     def leaves(self) -> list[Leaf]:
         """The leaves, from left to right; one that stands twice counts twice."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"cuflash.masks: a {type(self).__name__} has no rule; expected one of cuflash.masks"
+        )
 
     @property
     def attachments(self) -> int:
@@ -144,12 +155,16 @@ class Mask:
             leaf.check_own(check, f"mask leaf {number} ({leaf.kind})", shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class And(Mask):
     """Visible to both."""
 
     left: Mask
     right: Mask
+    size: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.left, self.right))
 
     def leaves(self) -> list[Leaf]:
         return self.left.leaves() + self.right.leaves()
@@ -159,12 +174,16 @@ class And(Mask):
         return And(left, self.right._with_arrays(arrays, counter))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Or(Mask):
     """Visible to one at least."""
 
     left: Mask
     right: Mask
+    size: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.left, self.right))
 
     def leaves(self) -> list[Leaf]:
         return self.left.leaves() + self.right.leaves()
@@ -174,11 +193,15 @@ class Or(Mask):
         return Or(left, self.right._with_arrays(arrays, counter))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Not(Mask):
     """Hidden by it."""
 
     inner: Mask
+    size: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.inner))
 
     def leaves(self) -> list[Leaf]:
         return self.inner.leaves()
@@ -187,7 +210,7 @@ class Not(Mask):
         return Not(self.inner._with_arrays(arrays, counter))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Leaf(Mask):
     """A mask of one rule."""
 
@@ -210,7 +233,7 @@ class Leaf(Mask):
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Band(Leaf):
     """Key j is visible to query i where i + offset - left <= j <= i + offset + right."""
 
@@ -223,7 +246,7 @@ class Band(Leaf):
         check.offset(self.offset, shape.batch, f"{name} offset")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Lengths(Leaf):
     """j < kv_lens[b] and i < q_lens[b]."""
 
@@ -236,7 +259,7 @@ class Lengths(Leaf):
         check.lengths(f"{name} q_lens", self.q_lens, shape.batch, shape.seqlen_q)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Documents(Leaf):
     """q_ids[b, i] == kv_ids[b, j]."""
 
@@ -255,7 +278,7 @@ class Documents(Leaf):
         return self.q_ids if self.kv_ids is None else self.kv_ids
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Prefix(Leaf):
     """j < n[b]."""
 
@@ -266,7 +289,7 @@ class Prefix(Leaf):
         check.lengths(f"{name} n", self.n, shape.batch, shape.seqlen_k)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Intervals(Leaf):
     """Query i lies in no [start[b, h, j, c], end[b, h, j, c]); h is a key head."""
 
@@ -275,13 +298,14 @@ class Intervals(Leaf):
     kind = "intervals"
 
     def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
+        check.same_shape(f"{name} ", self.start, self.end)
         for side, x in (("start", self.start), ("end", self.end)):
             check.intervals(
                 f"{name} {side}", x, shape.batch, shape.heads_k, shape.seqlen_q, shape.seqlen_k
             )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Blocks(Leaf):
     """array[..., i // block_q, j // block_k]."""
 
@@ -296,7 +320,7 @@ class Blocks(Leaf):
         check.blocks(f"{name} array", self.array, (shape.batch, shape.heads_q, rows, columns))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Leaf):
     """The array itself."""
 
@@ -307,7 +331,7 @@ class Dense(Leaf):
         check.mask(self.array, shape.scores, f"{name} array")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Expression(Leaf):
     """Visible where a user's expression is true."""
 
@@ -318,6 +342,11 @@ class Expression(Leaf):
 
     def own_arrays(self) -> dict[str, Any]:
         return dict(self.named)
+
+    def evaluate(self, shape: tuple[int, ...], *place: np.ndarray) -> np.ndarray:
+        """What is visible at (b, h, i, j) = place: bool, and broadcasts to `shape`."""
+        visible = evaluate("masks.expression: function", self.function, shape, place, self.named)
+        return visible.astype(bool, copy=False)
 
     def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
         prefix = f"mask leaf {next(counter)} ({self.kind}) "
@@ -334,18 +363,44 @@ class Expression(Leaf):
             )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Compiled(Mask):
     """A mask with the tables of its tiles, which calls add and share."""
 
     inner: Mask
-    tables: dict[Any, Any]  # by all that a table depends on but the mask's data
+    tables: dict[Any, Any] = field(repr=False)  # by all that they depend on but the mask's data
+    size: tuple[int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", _size(self.inner))
 
     def leaves(self) -> list[Leaf]:
         return self.inner.leaves()
 
     def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
         return Compiled(self.inner._with_arrays(arrays, counter), self.tables)
+
+
+def _size(*parts: Mask) -> tuple[int, int]:
+    """Of what joins them."""
+    leaves, depths = zip(*(part.size for part in parts), strict=True)
+    return (sum(leaves), 1 + max(depths))
+
+
+def _checked(mask: Mask) -> Mask:
+    Check("masks", "").tree(*mask.size)
+    return mask
+
+
+def _shown(value: Any) -> str:
+    """A field's value, short."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_shown(x)}' for name, x in value.items())}}}"
+    if isinstance(value, Mask):
+        return repr(value)
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return reprlib.repr(value)
 
 
 def _mask(other: Any, operator: str) -> Mask:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from cuflash import _dlpack
-from cuflash._checks import BFLOAT16, Array
+from cuflash._checks import BFLOAT16, Array, Check
 
 Foreign = Any  # an array of the caller's kind
 Checked = TypeVar("Checked")  # a problem: a dataclass that holds arrays by their arguments' names
@@ -72,7 +72,16 @@ class Call(NamedTuple):
         if self.device == "cpu":
             return structure
         arrays = structure.arrays()
-        return structure.with_arrays({name: _cupy().asarray(x) for name, x in arrays.items()})
+        for name, x in arrays.items():
+            if isinstance(x, np.ndarray):  # CuPy would take foreign bytes as they are
+                x = x.astype(x.dtype.newbyteorder("="), copy=False)
+            arrays[name] = _cupy().asarray(x)
+        return structure.with_arrays(arrays)
+
+    def wait(self) -> None:
+        """Until the device has done what the current stream was told."""
+        if self.device != "cpu":
+            _cupy().cuda.get_current_stream().synchronize()
 
     def give(self, array: Array | None) -> Foreign:
         """A result as the caller's kind of array."""
@@ -92,7 +101,9 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
     sources: dict[str, Framework] = {}
     host_lengths = []
     structures = {
-        name: x for name, x in arguments.items() if name in STRUCTURES and isinstance(x, Structure)
+        name: x
+        for name, x in arguments.items()
+        if name in STRUCTURES and isinstance(x, Structure) and not isinstance(x, type)
     }
     nested = {
         name: x for structure in structures.values() for name, x in structure.arrays().items()
@@ -107,7 +118,7 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
             sources[name] = framework
         elif name in LENGTHS or name in nested:
             if isinstance(x, (list, tuple, range)):
-                x = received[name] = _host_integers(function, name, x)
+                x = received[name] = Check(function, "").sequence(name, x)
             if name in nested or hasattr(x, "__dlpack__"):
                 found = _locate(function, name, x)
                 if found[1] == "cpu":
@@ -408,15 +419,6 @@ def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:
         raise TypeError(
             f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: "
             f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def _host_integers(function: str, name: str, values: Any) -> np.ndarray:
-    try:
-        return np.asarray(values, dtype=None if len(values) else np.int64)
-    except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"cuflash.{function}: {name} is {values!r}; expected one integer per batch entry"
         ) from error
 
 

@@ -1,6 +1,6 @@
 """Masks: which queries see which keys. True means attend.
 
-A mask is joined with others by ``&``, ``|`` and ``~``, to any depth, and given to
+A mask is joined with others by ``&``, ``|`` and ``~``, up to 1024 rules, 128 deep, and given to
 `cuflash.attention` as ``mask=``. It costs what its visible tiles cost. b, h, i and j stand for the
 batch entry, the query head, the query and the key; B, Hq, Hk, Sq and Sk for their numbers, Hk for
 the number of key heads. The arrays of a mask may be of any framework; while a GPU reads q they may
@@ -13,12 +13,11 @@ also be on the host, and are copied by every call, or once by `compile`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from cuflash._checks import Array, Check
+from cuflash._checks import MAX_INDEX, Array, Check
 from cuflash._mask_tree import (
     Band,
     Blocks,
@@ -30,7 +29,7 @@ from cuflash._mask_tree import (
     Mask,
     Prefix,
 )
-from cuflash.score_mod import check_expression, check_names
+from cuflash.score_mod import check_expression, check_function, check_names
 
 __all__ = [
     "Mask",
@@ -262,11 +261,8 @@ def intervals(start: Array, end: Array) -> Mask:
            [0, 0, 1, 1]])
     """
     start, end = _array("intervals", "start", start), _array("intervals", "end", end)
-    if tuple(start.shape) != tuple(end.shape):
-        _check("intervals").fail(
-            ValueError,
-            f"start has shape {tuple(start.shape)}, end has {tuple(end.shape)}; expected the same",
-        )
+    if hasattr(start, "shape") and hasattr(end, "shape"):  # else a call finds out
+        _check("intervals").same_shape("", start, end)
     return Intervals(start, end)
 
 
@@ -307,6 +303,7 @@ def blocks(array: Array, block_q: int, block_k: int) -> Mask:
         sizes[name] = check.integer(name, size)
         if sizes[name] < 1:
             check.fail(ValueError, f"{name} is {sizes[name]}; expected at least 1")
+        sizes[name] = min(sizes[name], MAX_INDEX)  # holds any length, and fits 32 bits
     return Blocks(array, **sizes)
 
 
@@ -385,11 +382,7 @@ def expression(code: str, function: Callable[..., Any] | None = None, **arrays: 
     """
     check_expression("masks.expression", "code", code)
     check_names("masks.expression", arrays)
-    if function is not None and not callable(function):
-        found = type(function).__name__
-        _check("expression").fail(
-            TypeError, f"function is a {found}; expected a function f(b, h, i, j, **arrays) or None"
-        )
+    check_function("masks.expression", "function", function)
     named = {name: _array("expression", name, x) for name, x in arrays.items()}
     return Expression(code, named, function)
 
@@ -399,7 +392,7 @@ def _check(function: str) -> Check:
 
 
 def _array(function: str, name: str, x: Any) -> Array:
-    if not hasattr(x, "__dlpack__"):
+    if isinstance(x, type) or not hasattr(x, "__dlpack__"):
         _check(function).fail(TypeError, f"{name} is a {type(x).__name__}; expected an array")
     return x
 
@@ -407,8 +400,7 @@ def _array(function: str, name: str, x: Any) -> Array:
 def _integers(function: str, name: str, x: Integers) -> Array:
     """An array as it is, a sequence as an array."""
     if _is_sequence(x):
-        with suppress(ValueError):  # of sequences of several lengths
-            x = np.asarray(x, dtype=None if len(x) else np.int64)
+        x = _check(function).sequence(name, x)
     if not hasattr(x, "__dlpack__"):
         _check(function).fail(
             TypeError, f"{name} is a {type(x).__name__}; expected one integer per batch entry"

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from cuflash._checks import Array, Check
+from cuflash._checks import BFLOAT16, Array, Check
 
 RESERVED_NAMES = frozenset({"score", "b", "h", "i", "j"})
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_NAME = re.compile(r"(?!__)[A-Za-z_]\w*", re.ASCII)
+# A line with a directive, NUL, halves of surrogate pairs.
+_NO_EXPRESSION = re.compile(r"^\s*(?:#|%:)|[\0\ud800-\udfff]", re.MULTILINE)
+# Words of C++, and what stands around an expression in the source of a kernel.
+_WORDS = (
+    "alignas alignof and and_eq asm auto bitand bitor bool break case catch char char16_t char32_t "
+    "class compl const const_cast constexpr continue decltype default delete do double "
+    "dynamic_cast else enum explicit export extern false float for friend goto if inline int long "
+    "mutable namespace new noexcept not not_eq nullptr operator or or_eq private protected public "
+    "register reinterpret_cast return short signed sizeof static static_assert static_cast struct "
+    "switch template this thread_local throw true try typedef typeid typename union unsigned using "
+    "virtual void volatile wchar_t while xor xor_eq "
+    "p at attached NamedArray Half BFloat16 i64"
+)
+_TAKEN = frozenset(_WORDS.split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +57,8 @@ class ScoreMod:
     Raises
     ------
     TypeError, ValueError
-        An expression is no string or empty, a name is no identifier or is taken.
+        An expression is no string or empty, a function cannot be called, a name is no identifier
+        or is taken.
 
     Examples
     --------
@@ -67,12 +83,19 @@ class ScoreMod:
     backward: str | None = None
     numpy_forward: Callable[..., Any] | None = None
     numpy_backward: Callable[..., Any] | None = None
-    named: Mapping[str, Array] = field(default_factory=dict)
+    named: Mapping[str, Array] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         check_expression("ScoreMod", "forward", self.forward)
         if self.backward is not None:
             check_expression("ScoreMod", "backward", self.backward)
+        for name in ("numpy_forward", "numpy_backward"):
+            check_function("ScoreMod", name, getattr(self, name))
+        if not isinstance(self.named, Mapping):
+            raise TypeError(
+                f"cuflash.ScoreMod: named is a {type(self.named).__name__}; expected a mapping of "
+                "names to arrays"
+            )
         check_names("ScoreMod", self.named)
 
     @property
@@ -121,16 +144,9 @@ class ScoreMod:
         return self._call("numpy_backward", score, place)
 
     def _call(self, name: str, score: np.ndarray, place: tuple[np.ndarray, ...]) -> np.ndarray:
-        score = score.view()
-        score.flags.writeable = False
-        found = np.asarray(getattr(self, name)(score, *place, **self.named))
-        try:
-            return np.broadcast_to(found, score.shape)
-        except ValueError:
-            raise ValueError(
-                f"cuflash.ScoreMod: {name} gave shape {found.shape} for scores of shape "
-                f"{score.shape}; expected one that broadcasts to it"
-            ) from None
+        function = getattr(self, name)
+        found = evaluate(f"ScoreMod: {name}", function, score.shape, (score, *place), self.named)
+        return np.broadcast_to(found, score.shape)
 
 
 def check_score_mod(check: Check, score_mod: ScoreMod | None) -> None:
@@ -152,13 +168,59 @@ def check_expression(function: str, name: str, code: Any) -> None:
         )
     if not code.strip():
         raise ValueError(f"cuflash.{function}: {name} is empty; expected a CUDA C++ expression")
+    if _NO_EXPRESSION.search(code):
+        raise ValueError(
+            f"cuflash.{function}: {name} is {reprlib.repr(code)}; expected a CUDA C++ expression, "
+            "without preprocessor directives and characters that no source has"
+        )
+
+
+def check_function(function: str, name: str, value: Any) -> None:
+    """Fail unless `value` can be called or is None."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"cuflash.{function}: {name} is a {type(value).__name__}; expected a function of NumPy "
+            "arrays or None"
+        )
+
+
+def evaluate(
+    name: str,
+    function: Callable[..., Any],
+    shape: tuple[int, ...],
+    arguments: Sequence[np.ndarray],
+    named: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """A user's function of arrays that it may not write: numbers that broadcast to `shape`."""
+    arguments = [x.view() for x in arguments]
+    for x in arguments:
+        x.flags.writeable = False
+    found = function(*arguments, **named)
+    try:
+        found = np.asarray(found)
+    except ValueError:  # sequences of several lengths
+        found = np.asarray(None)
+    if found.dtype.kind not in "biuf" and found.dtype != BFLOAT16:
+        raise TypeError(
+            f"cuflash.{name} gave {found.dtype}; expected numbers or booleans, for scores of "
+            f"shape {shape}"
+        )
+    try:
+        np.broadcast_to(found, shape)
+    except ValueError:
+        raise ValueError(
+            f"cuflash.{name} gave shape {found.shape} for scores of shape {shape}; expected "
+            "one that broadcasts to it"
+        ) from None
+    return found
 
 
 def check_names(function: str, named: Mapping[str, Any]) -> None:
     """Fail unless every name can stand in an expression."""
     for name in named:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in RESERVED_NAMES:
+        taken = not isinstance(name, str) or name in RESERVED_NAMES or name in _TAKEN
+        if taken or not _NAME.fullmatch(name):
             raise ValueError(
-                f"cuflash.{function}: {name!r} names an array; expected a C identifier other than "
-                + ", ".join(sorted(RESERVED_NAMES))
+                f"cuflash.{function}: {reprlib.repr(name)} names an array; expected a C identifier "
+                f"other than {', '.join(sorted(RESERVED_NAMES))}"
             )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from unreal_gpu import Maker
 
 import cuflash
-from cuflash import _jit, _params, _traits, reference
+from cuflash import _jit, _params, _program, _traits, masks, reference
 from cuflash.__main__ import main
 
 B, SQ, SK, H, D = 2, 5, 7, 2, 8
@@ -221,3 +224,190 @@ def test_a_record_nested_too_deep_is_damaged(tmp_path: Any) -> None:
     path.write_bytes(b"image")
     path.with_suffix(".json").write_text("[" * 200_000)
     assert _jit._read_entry(path) is None
+
+
+# Masks and score functions
+
+
+def attend(mask: Any, **options: Any) -> np.ndarray:
+    return cuflash.attention(**tensors(), mask=mask, **options)
+
+
+def test_a_mask_that_is_joined_with_itself_over_and_over() -> None:
+    mask = masks.causal()
+    with refused(r"masks: the mask joins 2048 rules, 12 deep; expected at most 1024 rules"):
+        for _ in range(100):
+            mask = mask & mask
+    assert attend(mask).shape == SHAPES["q"]
+
+
+@pytest.mark.parametrize("join", [lambda x, y: x & y, lambda x, y: ~(y | x)])
+def test_masks_that_are_nested_deep(join: Any) -> None:
+    mask = masks.causal()
+    with refused(r"masks: the mask joins \d+ rules, 129 deep; expected at most .* 128 deep"):
+        for _ in range(500):
+            mask = join(mask, masks.window(3, 3))
+    expected, _ = reference.attention(**tensors(), mask=mask)
+    for same in (mask, pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
+        assert np.allclose(attend(same, window=(9, 9)), expected, atol=1e-5)
+
+
+def test_a_mask_that_is_inverted_or_compiled_over_and_over() -> None:
+    q, k, _ = tensors().values()
+    inverted = compiled = masks.causal()
+    for _ in range(1000):
+        inverted, compiled = ~inverted, compiled.compile(q, k)
+    for mask in (inverted, compiled):
+        assert (attend(mask) == attend(masks.causal())).all()
+
+
+def test_the_text_of_a_mask_shows_no_values() -> None:
+    array = np.zeros((SQ, SK), bool)
+    mask = masks.dense(array) & masks.lengths(range(1000)) | ~masks.expression("a(0)", a=array[0])
+    with np.printoptions(threshold=sys.maxsize):
+        assert repr(mask) == (
+            "Or(left=And(left=Dense(array=bool (5, 7)), "
+            "right=Lengths(kv_lens=int64 (1000,), q_lens=None)), "
+            "right=Not(inner=Expression(code='a(0)', named={a: bool (7,)}, function=None)))"
+        )
+        assert "named" not in repr(cuflash.ScoreMod("score", named={"a": array}))
+
+
+@pytest.mark.parametrize("mask", [masks.Mask(), masks.Mask() & masks.causal(), masks.Mask])
+def test_a_mask_of_no_rule(mask: Any) -> None:
+    with refused("(masks: a Mask has no rule|attention: mask is a type)"):
+        attend(mask)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**63, 2**64, 10**400, np.uint64(2**64 - 1)])
+def test_blocks_larger_than_all(size: Any) -> None:
+    for sizes in ((size, SK), (SQ, size)):
+        mask = masks.blocks(np.ones((1, 1), bool), *sizes)
+        assert (attend(mask) == attend(None)).all()
+        assert len(_program.mask_attachments(mask, 1, {})) == _program.ATTACHMENT_BYTES
+
+
+def test_intervals_of_an_exporter_without_a_shape() -> None:
+    start, end = np.zeros((2, B, 1, SK, 1), int)
+    end[:, :, 3:] = 4
+    expected = attend(masks.intervals(start, end))
+    assert (attend(masks.intervals(Exporter(start), Exporter(end))) == expected).all()
+    with refused(r"attention: mask leaf 0 \(intervals\) start has shape .*; expected the same"):
+        attend(masks.intervals(Exporter(start), np.concatenate([end, end], axis=-1)))
+    with refused("masks.intervals: start is a type; expected an array"):
+        masks.intervals(np.ndarray, np.ndarray)
+
+
+def test_documents_beyond_int64() -> None:
+    ids = np.full((B, SQ), 2**64 - 1, np.uint64)
+    with refused(r"attention: mask leaf 0 \(documents\) q_ids holds 18446744073709551615"):
+        attend(masks.documents(ids, np.full((B, SK), -1)))
+
+
+class Broken:
+    def __array__(self, *arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("lengths", [[Broken(), 1], range(10**12), range(2**70), [0.5, [1]] * 99])
+def test_sequences_that_make_no_lengths(lengths: Any) -> None:
+    with refused("attention: kv_lens is .{1,200}; expected one integer per batch entry"):
+        cuflash.attention(**tensors(), kv_lens=lengths)
+    with refused("masks.prefix: n is .{1,200}; expected one integer per batch entry"):
+        masks.prefix(lengths)
+
+
+def ones(score: np.ndarray, *place: np.ndarray) -> np.ndarray:
+    return np.ones_like(score)
+
+
+RESULTS = [
+    (None, "object"),
+    ("1", "<U1"),
+    (1j, "complex128"),
+    (np.array(3, "m8[s]"), r"timedelta64\[s\]"),
+    ([[1], [1, 2]], "object"),
+    (np.ones(3), r"shape \(3,\)"),
+    (np.ones((1, 1, 1, 1, 1)), r"shape \(1, 1, 1, 1, 1\)"),
+]
+
+
+@pytest.mark.parametrize(("result", "found"), RESULTS)
+def test_functions_that_give_no_numbers_for_the_scores(result: Any, found: str) -> None:
+    mask = masks.expression("true", lambda *place: result)
+    for whole in (mask, ~mask & masks.causal()):
+        with refused(f"masks.expression: function gave {found}.*; expected"):
+            attend(whole)
+    forward = cuflash.ScoreMod("score", "1.f", lambda *place: result, ones)
+    with refused(f"ScoreMod: numpy_forward gave {found}.*; expected"):
+        attend(None, score_mod=forward)
+    backward = cuflash.ScoreMod("score", "1.f", lambda score, *place: score, lambda *place: result)
+    out, pullback = cuflash.attention_vjp(**tensors(), score_mod=backward)
+    with refused(f"ScoreMod: numpy_backward gave {found}.*; expected"):
+        pullback(out)
+
+
+@pytest.mark.parametrize("argument", range(4))
+def test_functions_that_write_to_the_indices(argument: int) -> None:
+    def write(*arguments: np.ndarray) -> np.ndarray:
+        arguments[-4:][argument][...] += 1
+        return np.ones(1)
+
+    with pytest.raises(ValueError, match="read-only"):
+        attend(masks.expression("true", write))
+    with pytest.raises(ValueError, match="read-only"):
+        attend(None, score_mod=cuflash.ScoreMod("score", numpy_forward=write))
+
+
+def test_the_error_of_a_users_function_is_left_as_it_is() -> None:
+    def fail(*arguments: np.ndarray) -> np.ndarray:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="^'mine'$|^mine$"):
+        attend(masks.expression("true", fail))
+    with pytest.raises(LookupError, match="^'mine'$|^mine$"):
+        attend(None, score_mod=cuflash.ScoreMod("score", numpy_forward=fail))
+
+
+@pytest.mark.parametrize("name", ["numpy_forward", "numpy_backward"])
+def test_score_functions_that_cannot_be_called(name: str) -> None:
+    with refused(f"ScoreMod: {name} is a int; expected a function of NumPy arrays or None"):
+        cuflash.ScoreMod("score", **{name: 3})
+
+
+@pytest.mark.parametrize("named", [None, 3, [], "", "ab", np.ones(2), [("a", np.ones(2))]])
+def test_named_arrays_that_are_no_mapping(named: Any) -> None:
+    with refused("ScoreMod: named is a .*; expected a mapping of names to arrays"):
+        cuflash.ScoreMod("score", named=named)
+
+
+@pytest.mark.parametrize("name", ["p", "at", "int", "class", "__x", "é", "attached", "a\n", "a;"])
+def test_names_that_cannot_stand_in_a_kernel(name: str) -> None:
+    with refused("masks.expression: .* names an array; expected a C identifier"):
+        masks.expression("true", **{name: np.ones(2)})
+    with refused("ScoreMod: .* names an array; expected a C identifier"):
+        cuflash.ScoreMod("score", named={name: np.ones(2)})
+
+
+@pytest.mark.parametrize(
+    "code", ['1\n#include "/etc/passwd"', "  # define b h", "%:error", "1\0", "1 + '\ud800'"]
+)
+def test_code_that_is_no_expression(code: str) -> None:
+    with refused("masks.expression: code is .*; expected a CUDA C\\+\\+ expression, without"):
+        masks.expression(code)
+    with refused("ScoreMod: forward is .*; expected a CUDA C\\+\\+ expression, without"):
+        cuflash.ScoreMod(code)
+
+
+def test_one_compiled_mask_in_many_threads_and_shapes() -> None:
+    q, k, v = tensors().values()
+    mask = (masks.causal() | masks.prefix([3, 1])).compile(q, k)
+    cases = [(q, k, v), (q[:, :3], k, v), (q.astype(np.float64), k.astype(float), v.astype(float))]
+    expected = [reference.attention(*case, mask=mask)[0] for case in cases]
+
+    def run(number: int) -> bool:
+        case = number % len(cases)
+        return np.allclose(cuflash.attention(*cases[case], mask=mask), expected[case], atol=1e-5)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(run, range(60)))
