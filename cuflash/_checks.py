@@ -199,6 +199,8 @@ class Check(NamedTuple):
             self.like(name, array, forward.out_shape, forward.dtype)
         for name, array in (("dout", dout), ("out", out)):
             self.contiguous_last_axis(name, array)
+        if self.device == "cuda":
+            self.addresses({"dout": dout, "out": out})
         self.like("lse", lse, forward.lse_shape, forward.lse_dtype)
         if dlse is not None:
             self.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
@@ -430,6 +432,14 @@ class Check(NamedTuple):
             self.fail(ValueError, f"{name} has {array.ndim} axes; expected 1 to 4")
         if not array.size:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected no axis of length 0")
+        if self.device == "cuda":
+            self.addresses({name: array})
+            if max(array.shape) > MAX_INDEX:
+                self.fail(
+                    NotImplementedError,
+                    f"{name} has shape {array.shape}; expected axes of at most {MAX_INDEX} "
+                    "on a GPU",
+                )
 
     def values_within(self, name: str, array: Array, low: int, high: int) -> None:
         # Device values cannot be read without waiting for the device: the kernels clamp them.

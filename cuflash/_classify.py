@@ -14,6 +14,8 @@ from cuflash._params import Tables, TileLists
 from cuflash._problem import Array, Problem
 
 WORD_KEYS = 32
+WARP = 32
+_MAX_TABLES = 256  # of a compiled mask, as a decoder's growing lengths ask for
 
 
 def tables(
@@ -30,7 +32,7 @@ def tables(
     def find() -> tuple[TileLists, Array]:
         return _tile_lists(problem, found, traits, tiling, on, of_keys)
 
-    lists, entries = _kept(problem, (traits.extras, tiling, of_keys), find)
+    lists, entries = _kept(problem, (traits.extras, tiling, of_keys), on, find)
     return found._replace(lists=lists, owners=(*found.owners, entries))
 
 
@@ -38,7 +40,7 @@ def attachments(problem: Problem, on: Gpu) -> Tables:
     """What the call's own source reads, without lists."""
     packed, owners = b"", ()
     if problem.mask is not None:
-        bits = _kept(problem, "bits", lambda: _pack_bits(problem.mask, on))
+        bits = _kept(problem, "bits", on, lambda: _pack_bits(problem.mask, on))
         packed = _program.mask_attachments(problem.mask, problem.group, bits)
         owners = tuple(one.words for one in bits.values())
     if problem.score_mod is not None:
@@ -96,18 +98,24 @@ def _tile_lists(
     return TileLists(_params.address(entries), *strides), entries
 
 
-def _kept(problem: Problem, what: Any, find: Callable[[], Any]) -> Any:
-    """From the tables of a compiled mask, where nothing else of the call lies on the device."""
+def _kept(problem: Problem, what: Any, on: Gpu, find: Callable[[], Any]) -> Any:
+    """From the tables of a compiled mask, where nothing else of the call lies on the device.
+
+    Each stream has tables of its own: nothing else would order another's reads after the writes.
+    """
     of_device = (problem.q_lens, problem.kv_lens, problem.offset)
     per_batch = any(x is not None and not isinstance(x, int) for x in of_device)
     if not isinstance(problem.mask, Compiled) or per_batch:
         return find()
     shape = (*problem.lse_shape, problem.seqlen_k, problem.heads_k)
-    key = (what, shape, problem.window, problem.offset)
+    key = (what, shape, problem.window, problem.offset, on.stream)
     tables = problem.mask.tables
-    if key not in tables:
-        tables[key] = find()
-    return tables[key]
+    found = tables.get(key)
+    if found is None:
+        if len(tables) >= _MAX_TABLES:
+            tables.clear()
+        found = tables[key] = find()
+    return found
 
 
 def _pack_bits(mask: Mask, on: Gpu) -> dict[int, _program.Bits]:
@@ -120,11 +128,11 @@ def _pack_bits(mask: Mask, on: Gpu) -> dict[int, _program.Bits]:
             words = on.empty((batch, heads, rows, -(-keys // WORD_KEYS)), np.uint32)
             kernel = _plan_small.mask_bits_kernel(on.device.capability)
             params = _params.pack_mask_bits(booleans, words)
-            on.run(kernel, -(-words.size // kernel.threads), params)
+            _run(on, kernel, -(-words.size // WARP), params)
             bits[number] = _program.Bits(words, keys)
     return bits
 
 
 def _run(on: Gpu, kernel: _traits.Kernel, warps: int, params: bytes) -> None:
     if warps:
-        on.run(kernel, -(-warps * 32 // kernel.threads), params)
+        on.run(kernel, -(-warps * WARP // kernel.threads), params)

@@ -32,6 +32,11 @@ class Gpu:
         )
         self._device_id = device_id
 
+    @property
+    def stream(self) -> int:
+        """The address of CuPy's current stream."""
+        return cupy.cuda.get_current_stream().ptr
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """Memory in order with the current stream, not cleared."""
         return cupy.empty(shape, dtype)

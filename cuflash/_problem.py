@@ -78,7 +78,7 @@ class Problem:
         seqlen_k = k.shape[1]
         scores_shape = (batch, heads_q, seqlen_q, seqlen_k)
         if device == "cuda":
-            check.addresses({"q": q, "k": k, "v": v, "out": out})
+            check.addresses({"q": q, "k": k, "v": v, "bias": bias, "out": out})
         if mask is not None and not isinstance(mask, Mask):
             mask = Dense(check.mask(mask, scores_shape))
         if mask is not None:

@@ -6,6 +6,7 @@ attachments, 64 bytes each: the structures of kernels_cu/leaves.cuh.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import singledispatch
@@ -169,7 +170,7 @@ class _Writer:
         return f"attached<{type(mask).__name__}Leaf>(p, {number}).sees(at)"
 
     def _expression(self, leaf: Expression) -> str:
-        name = f"expression_{self.used}"
+        name = f"expression_{len(self.functions)}"
         body = _body("masks.expression", leaf.code, self._named(leaf.named))
         self.functions += [
             f"DEVICE bool {name}(const Problem& p, const Place& at) {{\n{body}}}",
@@ -283,6 +284,8 @@ def _leaf_depends_on_batch(leaf: Leaf) -> bool:
     match leaf:
         case Band(offset=offset):
             return _is_array(offset)
+        case Expression(code):
+            return _names(code, "b")
         case Dense(array) | Blocks(array):
             return array.ndim == 4 and array.shape[0] > 1
     return True
@@ -290,13 +293,18 @@ def _leaf_depends_on_batch(leaf: Leaf) -> bool:
 
 def _leaf_depends_on_head(leaf: Leaf) -> bool:
     match leaf:
-        case Expression():
-            return True
+        case Expression(code):
+            return _names(code, "h")
         case Intervals(start):
             return start.shape[1] > 1
         case Dense(array) | Blocks(array):
             return array.ndim >= 3 and array.shape[-3] > 1
     return False
+
+
+def _names(code: str, variable: str) -> bool:
+    """Whether an expression may read a variable."""
+    return re.search(rf"\b{variable}\b", code) is not None
 
 
 def _is_array(x: Any) -> bool:

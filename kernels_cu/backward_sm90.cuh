@@ -368,8 +368,8 @@ struct BackwardConsumer {
         if constexpr (kGradients && !kHasTerms) derivative = scores.derivative(score);
         if constexpr (kGradients && kDropout) {
           const bool keep = bit_of<1>(kept, 0, n, e);
-          ds = p * (dropout.apply(ds, keep) - delta_of_query) * derivative;
-          p = dropout.apply(p, keep);
+          ds = p * (dropout.gradient(ds, keep) - delta_of_query) * derivative;
+          if (!keep) p = 0.f;
         } else if constexpr (kGradients) {
           ds = p * (ds - delta_of_query) * derivative;
         }

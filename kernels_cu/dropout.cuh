@@ -66,13 +66,19 @@ struct Dropout {
     return bits;
   }
 
-  // A probability, or the gradient of one, after dropout.
-  DEVICE float apply(float x, bool kept) const { return kept ? x * scale : 0.f; }
+  // The gradient of a probability, from that of what dropout made of it.
+  DEVICE float gradient(float x, bool kept) const { return kept ? x * scale : 0.f; }
 
+  // Probabilities that are dropped become 0. The others grow when their sums are stored: 16 bits do
+  // not hold a probability times any scale.
   template <int kM, int kN>
-  DEVICE void apply(float (&p_acc)[kM][kN][4], const Places<false>& places) const {
+  DEVICE void drop(float (&p_acc)[kM][kN][4], const Places<false>& places) const {
     const u64 bits = kept<kM, kN>(places);
-    for_each(p_acc,
-             [&](float& p, int m, int n, int e) { p = apply(p, bit_of<kM>(bits, m, n, e)); });
+    for_each(p_acc, [&](float& p, int m, int n, int e) {
+      if (!bit_of<kM>(bits, m, n, e)) p = 0.f;
+    });
   }
 };
+
+// What sums over probabilities that dropout has left are multiplied by.
+DEVICE float kept_scale(const Problem& p) { return kDropout ? p.dropout_scale : 1.f; }

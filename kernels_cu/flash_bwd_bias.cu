@@ -136,7 +136,7 @@ struct Tile {
       float derivative;
       const float score_log2 = scores.with_terms(s[m][n][e], places.at(m, n, e), derivative);
       const float prob = exp2_approx(score_log2 - lse_log2);
-      const float dprob = kDropout ? dropout.apply(x, bit_of<ScoreGrid::kM>(kept, m, n, e)) : x;
+      const float dprob = kDropout ? dropout.gradient(x, bit_of<ScoreGrid::kM>(kept, m, n, e)) : x;
       x = prob * (dprob - delta);
     });
   }

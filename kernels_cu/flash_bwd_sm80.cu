@@ -108,8 +108,8 @@ DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& s
                                      : score * scores.factor();
         const float prob = exp2_approx(score_log2 - lse_log2);
         const bool keep = bit_of<ScoreGrid::kM>(kept, m, n, e);
-        const float dprob = kDropout ? dropout.apply(dp[m][n][e], keep) : dp[m][n][e];
-        s[m][n][e] = kDropout ? dropout.apply(prob, keep) : prob;
+        const float dprob = kDropout ? dropout.gradient(dp[m][n][e], keep) : dp[m][n][e];
+        s[m][n][e] = !kDropout || keep ? prob : 0.f;
         dp[m][n][e] = prob * (dprob - delta) * derivative;
       }
   });
@@ -299,7 +299,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (!tiles.empty())
     end_turn(turns + workspace_tile(p.problem, work.batch, work.head, tiles.final()));
   to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
-  to_smem<ValueGrid>(v_smem, dv, 1.f);
+  to_smem<ValueGrid>(v_smem, dv, kept_scale(p.problem));
   __syncthreads();
   u16* dk_target = mask.keys(p.dk, work.head) + first_key * p.dk.seq_stride;
   u16* dv_target = mask.keys(p.dv, work.head) + first_key * p.dv.seq_stride;

@@ -102,7 +102,7 @@ struct Consumer : BackwardConsumer<Storage> {
     const DvTile dv_tile{smem.v().base + index * DvTile::kBytes};
     named_barrier_sync(kScoresBarrier, kThreads);  // every warp has finished with k and v
     stage_gradient(dk_tile, 0, dk, p.call.problem.scale);
-    stage_gradient(dv_tile, 0, dv, 1.f);
+    stage_gradient(dv_tile, 0, dv, kept_scale(p.call.problem));
     fence_proxy_async();
     named_barrier_sync(kStagingBarrier + index, kWarpgroupThreads);
     if (warpgroup_thread() != 0) return;

@@ -111,7 +111,7 @@ struct Consumer : BackwardConsumer<Storage> {
     const VTile dv_tile = smem.v();
     named_barrier_sync(kScoresBarrier, kThreads);  // every warp has finished with k and v
     stage_gradient(dk_tile, first_col(), dk, p.call.problem.scale);
-    stage_gradient(dv_tile, first_col_v(), dv, 1.f);
+    stage_gradient(dv_tile, first_col_v(), dv, kept_scale(p.call.problem));
     fence_proxy_async();
     named_barrier_sync(kScoresBarrier, kThreads);
     if (warpgroup_thread() != 0) return;

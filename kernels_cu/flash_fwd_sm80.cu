@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     if (partly_visible) hide(s_acc, places);
     softmax.step(s_acc);
     softmax.rescale(o_acc);
-    if (kDropout) dropout.apply(s_acc, places);
+    if (kDropout) dropout.drop(s_acc, places);
 
     // o += p v
     const Packed<kM, kBlockKV / 8> probabilities(s_acc);
@@ -183,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     gemm<kBlockKV / 16>(o_acc, probabilities, Right<VTile>{v_smem, 0});
   }
 
-  softmax.finish(o_acc, [&](int m, int r) {
+  softmax.finish(o_acc, kept_scale(p.problem), [&](int m, int r) {
     const int row = first_row + warp_row + acc_row(m, 2 * r);
     return sink_of(p.problem, head_q + rows.head_in_group(row));
   });

@@ -305,7 +305,8 @@ struct Consumer {
     }
 #pragma unroll 1
     for (; tiles.valid(); tiles.advance()) skip();
-    softmax.finish(o_acc, [&](int, int) { return sink_of(p.call.problem, head); });
+    softmax.finish(o_acc, kept_scale(p.call.problem),
+                   [&](int, int) { return sink_of(p.call.problem, head); });
   }
 
   // s of the first tile: no product p v to run beside yet.
@@ -420,7 +421,7 @@ struct Consumer {
         hide(s_acc, places);
     }
     softmax.step(s_acc);
-    if (kDropout) dropout.apply(s_acc, places);
+    if (kDropout) dropout.drop(s_acc, places);
   }
 
   // Once per tile and warpgroup, in a circle; warpgroup 0 begins.

@@ -34,7 +34,12 @@ DEVICE i64 warp_min(i64 x) {
     x = smaller(x, (i64)__shfl_xor_sync(0xffffffff, x, lane));
   return x;
 }
-DEVICE i64 warp_max(i64 x) { return -warp_min(-x); }
+DEVICE i64 warp_max(i64 x) {
+#pragma unroll
+  for (int lane = kWarpSize / 2; lane > 0; lane /= 2)
+    x = larger(x, (i64)__shfl_xor_sync(0xffffffff, x, lane));
+  return x;
+}
 
 struct BandLeaf {
   i64 left, right;
@@ -89,7 +94,7 @@ struct DocumentsLeaf {
     for (int j = of.j + lane_id(); j < of.j_end; j += kWarpSize)
       low_k = smaller(low_k, keys[j]), high_k = larger(high_k, keys[j]);
     low_q = warp_min(low_q), low_k = warp_min(low_k);
-    high_q = -warp_min(-high_q), high_k = -warp_min(-high_k);
+    high_q = warp_max(high_q), high_k = warp_max(high_k);
     return sight(low_q <= high_k && low_k <= high_q, low_q == high_k && low_k == high_q);
   }
 };

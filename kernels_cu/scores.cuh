@@ -35,7 +35,8 @@ DEVICE float element_of(const ScoreTensor& x, const Place& at) {
 // x log2(e), of which a finite number stays finite, as the lowest one that stands for a mask.
 DEVICE float in_base_2(float x) {
   const float scaled = x * kLog2e;
-  return x == -infinity() ? x : fmaxf(scaled, -kLargest);
+  if (fabsf(x) == infinity()) return x;
+  return scaled < -kLargest ? -kLargest : scaled > kLargest ? kLargest : scaled;  // NaN stays
 }
 
 // q kᵀ to scores, up to `factor`, a positive number: score log2(e) = factor x what transform()
@@ -97,7 +98,7 @@ struct Scores {
     }
     if (kAlibi) {
       const float slope = problem.alibi_slopes[at.b * problem.alibi_batch_stride + at.h] * kLog2e;
-      score -= slope * fabsf((float)(at.i + at.offset) - (float)at.j);
+      score -= slope * fabsf((float)(at.i + at.offset - at.j));
     }
     if (kBiasBytes > 0) score += in_base_2(element_of<kBiasBytes>(problem.bias, at));
     return score;

@@ -58,7 +58,7 @@ struct OnlineSoftmax {
   // o_acc becomes the output; row_max becomes lse. A row without keys gives 0, and -inf or its
   // sink; sink(m, r) is that of a row, in base 2.
   template <int kNV, class Sink>
-  DEVICE void finish(float (&o_acc)[kM][kNV][4], const Sink& sink) {
+  DEVICE void finish(float (&o_acc)[kM][kNV][4], float scale, const Sink& sink) {
 #pragma unroll
     for (int m = 0; m < kM; m++)
 #pragma unroll
@@ -71,7 +71,7 @@ struct OnlineSoftmax {
           sum = sum * kept + exp2_approx(extra - shift);
           top = both;
         }
-        const float normalize = sum == 0.f ? 0.f : kept / sum;
+        const float normalize = sum == 0.f ? 0.f : scale * kept / sum;
         row_max[m][r] = sum == 0.f ? -infinity() : (top + log2_approx(sum)) * kLn2;
 #pragma unroll
         for (int n = 0; n < kNV; n++) {

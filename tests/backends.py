@@ -151,6 +151,8 @@ class EmulatedGpu:
         self.buffers = list(inputs)
         self._stream: list[tuple[_traits.Kernel, int, bytes] | Callable[[], None]] = []
 
+    stream = 0
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         import emulator
 
