@@ -33,6 +33,7 @@ from cuflash._arrays import (
     product,
     transposed,
 )
+from cuflash._key_gradients import KeyGradients
 from cuflash._problem import GradientProblem, Gradients
 from cuflash._threads import for_each
 from cuflash._tiles import blocks
@@ -48,7 +49,12 @@ def differentiate(parts: list[GradientSums]) -> None:
         for split in range(sums.splits)
         for family in sums.work.families()
     ]
-    ends = [(sums, item) for sums in parts for item in sums.items_with_kept()]
+    ends = [
+        (sums, item)
+        for sums in parts
+        for item in sums.work.items()
+        if sums.work.mask is not None and not item.members.start
+    ]
 
     def load(sums: GradientSums, item: Item) -> None:
         sums.loaded[item.start] = sums.load(item)
@@ -65,7 +71,7 @@ def differentiate(parts: list[GradientSums]) -> None:
     for function, some in (
         (load, loads),
         (add, sorted(tasks, key=cost, reverse=True)),
-        (GradientSums.add_kept, ends),
+        (GradientSums.write_keys, ends),
     ):
         for_each(partial(_quietly, function), some)
 
@@ -103,25 +109,16 @@ def _differentiate(item: Item, sums: GradientSums, split: int) -> None:
 
 def _differentiate_masked(item: Item, sums: GradientSums, split: int) -> None:
     """Add what one split of the tiles of rows contributes to the gradients of some heads."""
-    work, row_tiles = item.work, sums.row_splits[item.start][split]
-    if not row_tiles:
-        return
-    span = item.span_of_keys(slice(row_tiles[0].start, row_tiles[-1].stop))
-    heads, keys = item.heads.stop - item.heads.start, span.stop - span.start
-    dkey, dvalue = (np.zeros((heads, keys, x.shape[-1]), work.dtype) for x in (work.k, work.v))
-    for rows in row_tiles:
-        block = _RowBlock.load(item, sums.gradient, rows, work.scratch.array)
+    for rows in sums.of_keys.rows[item.start][split]:
+        block = _RowBlock.load(item, sums.gradient, rows, item.work.scratch.array)
         sums.add_sinks(item, block, split)
         dquery: np.ndarray | float = 0.0
         for tile in item.masked_tiles(rows):
-            of_query, of_key, of_value = _gradients_of(tile, block, sums, split)
+            of_query, dkey, dvalue = _gradients_of(tile, block, sums, split)
             dquery = of_query if isinstance(dquery, float) else np.add(dquery, of_query, out=dquery)
-            for columns, seen in tile.columns:
-                part = (slice(None), slice(seen.start - span.start, seen.stop - span.start))
-                dkey[part] += of_key[:, columns]
-                dvalue[part] += of_value[:, columns]
+            for columns, keys in tile.columns:
+                sums.of_keys.add(item, split, keys, dkey[:, columns], dvalue[:, columns])
         sums.write_dq(item, rows, 0, dquery)
-    sums.keep(item, split, span, dkey, dvalue)
 
 
 def _gradients_of(
@@ -228,21 +225,19 @@ class GradientSums:
         self.loaded: dict[tuple[int, int, int], list[_RowBlock]] = {}  # where splits share rows
         inputs = (problem.q, problem.k, problem.v)
         self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
-        masked, items = work.mask is not None, work.items()
+        masked = work.mask is not None
         if masked:
-            tiles = max((len(item.row_tiles()) for item in items), default=1)
+            tiles = max((len(item.row_tiles()) for item in work.items()), default=1)
         else:
             tiles = math.ceil(problem.seqlen_k / work.tile_keys)
         self.splits = max(1, min(tiles, work.many_tasks // max(1, len(work.families()))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
-        # With a mask splits of the rows share dk and dv: each keeps its part until the end.
+        # With a mask splits of the rows share dk and dv.
         copies = 1 if masked else self.splits
-        if masked:
-            self.row_splits = {item.start: item.split_rows(self.splits) for item in items}
+        self.of_keys = KeyGradients(work, self.splits) if masked else None
         self.dq_copies = [self.all_dq]
         if copies > 1:
             self.dq_copies = [empty_like(problem.q, dtype=work.dtype) for _ in range(copies)]
-        self.kept: dict[tuple[int, int, int, int], tuple[slice, np.ndarray, np.ndarray]] = {}
         self.dq = [work.by_key_head(copy) for copy in self.dq_copies]
         for batch, band in enumerate(work.bands):
             for x in self.dq_copies:
@@ -307,38 +302,10 @@ class GradientSums:
             dquery = dquery.reshape(target.shape)
         np.multiply(dquery, self.work.problem.scale, out=target, casting="same_kind")
 
-    def keep(
-        self, item: Item, split: int, keys: slice, dkey: np.ndarray, dvalue: np.ndarray
-    ) -> None:
-        """Hold on to what a split of the rows adds to dk / ln 2 and dv of some keys."""
-        self.kept[(*item.start, split)] = (keys, dkey, dvalue)
-
-    def items_with_kept(self) -> list[Item]:
-        """One item for each of the key heads of which something is kept."""
-        masked = self.work.mask is not None
-        return [item for item in self.work.items() if masked and not item.members.start]
-
-    def add_kept(self, item: Item) -> None:
-        """Write dk and dv of an item's key heads: what is kept of them, summed in order."""
-        parts = [self.kept[place] for place in sorted(self.kept) if place[:2] == item.start[:2]]
-        for number, target, factor in ((1, self.dk, LN_2), (2, self.dv, None)):
-            target = target[item.key_index][:, : item.band.keys]
-            total = target
-            if target.dtype != self.work.dtype:
-                total = np.empty(target.shape, self.work.dtype)
-            written = 0  # the keys before this one
-            for part in parts:
-                span, some = part[0], part[number]
-                if factor is not None:
-                    some *= factor
-                total[:, written : span.start] = 0
-                both = max(0, min(written, span.stop) - span.start)
-                total[:, span.start : span.start + both] += some[:, :both]
-                total[:, span.start + both : span.stop] = some[:, both:]
-                written = max(written, span.stop)
-            total[:, written:] = 0
-            if total is not target:
-                target[...] = total
+    def write_keys(self, item: Item) -> None:
+        """Write dk and dv of an item's heads, with a mask."""
+        keys = slice(0, item.band.keys)
+        self.of_keys.write(item, *(x[item.key_index][:, keys] for x in (self.dk, self.dv)))
 
     def gradients(self) -> Gradients:
         """The finished gradients in the dtypes of their inputs."""

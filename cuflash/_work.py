@@ -296,8 +296,11 @@ class Item:
         edges = np.searchsorted(pairs, pairs[-1] * np.arange(count + 1) // count)
         return [tiles[start:stop] for start, stop in pairwise(edges.tolist())]
 
-    def span_of_keys(self, rows: slice) -> slice:
+    def span_of_keys(self, row_tiles: list[slice]) -> slice:
         """From the first key to the last that some tiles of rows see through the mask."""
+        if not row_tiles:
+            return slice(0, 0)
+        rows = slice(row_tiles[0].start, row_tiles[-1].stop)
         start, stop = self.work.mask.span_of_keys(*self.start, rows)
         return slice(min(start, self.band.keys), min(stop, self.band.keys))
 
