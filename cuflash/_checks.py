@@ -365,6 +365,9 @@ class Check(NamedTuple):
         return array.astype(np.int64, copy=False) if isinstance(array, np.ndarray) else array
 
     def mask(self, mask: Array, scores_shape: tuple[int, ...], name: str = "mask") -> Array:
+        if not hasattr(mask, "dtype"):
+            found = type(mask).__name__
+            self.fail(TypeError, f"{name} is a {found}; expected a mask or a boolean array")
         self.booleans(name, mask)
         self.broadcastable(name, mask, scores_shape)
         return mask

@@ -398,7 +398,7 @@ def _shown(value: Any) -> str:
         return f"{{{', '.join(f'{name}: {_shown(x)}' for name, x in value.items())}}}"
     if isinstance(value, Mask):
         return repr(value)
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if not isinstance(value, type) and hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{value.dtype} {tuple(value.shape)}"
     return reprlib.repr(value)
 

@@ -401,7 +401,7 @@ def _integers(function: str, name: str, x: Integers) -> Array:
     """An array as it is, a sequence as an array."""
     if _is_sequence(x):
         x = _check(function).sequence(name, x)
-    if not hasattr(x, "__dlpack__"):
+    if isinstance(x, type) or not hasattr(x, "__dlpack__"):
         _check(function).fail(
             TypeError, f"{name} is a {type(x).__name__}; expected one integer per batch entry"
         )

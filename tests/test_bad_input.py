@@ -279,6 +279,17 @@ def test_a_mask_of_no_rule(mask: Any) -> None:
         attend(mask)
 
 
+def test_a_score_function_for_a_mask() -> None:
+    with refused("attention: mask is a ScoreMod; expected a mask or a boolean array"):
+        attend(cuflash.ScoreMod("score"))
+
+
+def test_classes_for_arrays_and_functions() -> None:
+    with refused("masks.prefix: n is a type; expected one integer per batch entry"):
+        masks.prefix(np.ndarray)
+    assert "function=<class" in repr(masks.expression("true", np.ndarray))
+
+
 @pytest.mark.parametrize("size", [2**31, 2**63, 2**64, 10**400, np.uint64(2**64 - 1)])
 def test_blocks_larger_than_all(size: Any) -> None:
     for sizes in ((size, SK), (SQ, size)):
