@@ -5,6 +5,7 @@ Arrays here are by key head, (B, Hk, group, rows, keys), with 1 for an axis that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import singledispatch
 from itertools import pairwise
@@ -380,10 +381,10 @@ def _(mask: tree.Blocks, area: Area) -> np.ndarray:
 @_sight.register
 def _(mask: tree.Dense, grid: Grid) -> Sight:
     some = everything = grid.by_key_head(_four_axes(mask.array))
-    for axis, start in ((-2, grid.rows[0][:, 0]), (-1, grid.keys[0])):
+    for axis, size in zip((-2, -1), grid.block, strict=True):
         if some.shape[axis] > 1:
-            some = np.logical_or.reduceat(some, start, axis=axis)
-            everything = np.logical_and.reduceat(everything, start, axis=axis)
+            some = _by_blocks(np.any, some, size, axis)
+            everything = _by_blocks(np.all, everything, size, axis)
     return Sight(some, everything)
 
 
@@ -435,6 +436,23 @@ def _extremes(x: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray
     """(B, Hk, group, Sk) to the least and the greatest of each block of keys, (..., 1, blocks)."""
     least, greatest = (ufunc.reduceat(x, starts, axis=-1) for ufunc in (np.minimum, np.maximum))
     return least[..., None, :], greatest[..., None, :]
+
+
+def _by_blocks(
+    reduce: Callable[..., np.ndarray], x: np.ndarray, size: int, axis: int
+) -> np.ndarray:
+    """What is left of an axis, -1 or -2, when each `size` elements, or fewer at the end, are one.
+
+    `reduceat` does the same, and fifty times slower where elements differ from block to block.
+    """
+    whole = x.shape[axis] // size * size
+    first, rest = np.split(x, [whole], axis=axis)
+    shape = list(x.shape)
+    shape[x.ndim + axis : x.ndim + axis + 1] = [whole // size, size]
+    parts = [reduce(first.reshape(shape), axis=axis)]
+    if rest.size:
+        parts.append(reduce(rest, axis=axis, keepdims=True))
+    return np.concatenate(parts, axis=axis)
 
 
 def _over_spans(
