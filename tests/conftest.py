@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 import backends
 import numpy as np
@@ -30,9 +31,25 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-@pytest.fixture(
-    params=["cpu", "emulated-80", "emulated-90", pytest.param("gpu", marks=pytest.mark.gpu)],
-)
+BACKENDS = ("cpu", "emulated-80", "emulated-90", pytest.param("gpu", marks=pytest.mark.gpu))
+
+
+def on_every_backend(cases: Mapping[str, tuple], always: Collection[str]) -> list[Any]:
+    """(backend, *case) of each case, for a test with `indirect=["backend"]`.
+
+    Emulation compiles kernels for each: but for those in `always` it is `full`.
+    """
+    parameters = []
+    for name, case in cases.items():
+        for backend in (pytest.param(x) if isinstance(x, str) else x for x in BACKENDS):
+            (kind,), marks = backend.values, list(backend.marks)
+            if kind.startswith("emulated") and name not in always:
+                marks.append(pytest.mark.full)
+            parameters.append(pytest.param(kind, *case, id=f"{kind}-{name}", marks=marks))
+    return parameters
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> backends.Backend:
     """Every backend in turn."""
     make: dict[str, Callable[[], backends.Backend]] = {

@@ -90,6 +90,12 @@ def expression(rng: np.random.Generator, case: Case) -> Mask:
     )
 
 
+def _scattered(b: np.ndarray, h: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    return ((i // 5 + j) % 4 > h) & (b >= 0)
+
+
+SCATTERED = masks.expression("(i / 5 + j) % 4 > h && b >= 0", _scattered)
+
 LEAVES: dict[str, Make] = {
     make.__name__: make
     for make in (
@@ -97,6 +103,16 @@ LEAVES: dict[str, Make] = {
         *(intervals, blocks, dense, expression),
     )
 }
+
+
+def every_leaf(rng: np.random.Generator, case: Case) -> Mask:
+    """One tree of all of them."""
+    return (
+        (documents(rng, case) & masks.causal(3))
+        | (intervals(rng, case) & ~lengths(rng, case))
+        | ~(dense(rng, case) | blocks(rng, case))
+        & (window(rng, case) | prefix(rng, case) & SCATTERED)
+    )
 
 
 def tree(rng: np.random.Generator, case: Case, depth: int) -> Mask:

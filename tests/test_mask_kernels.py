@@ -116,18 +116,9 @@ TILINGS = {
 }
 TREES = {
     "prefix-lm": lambda rng, case: masks.causal() | mask_cases.prefix(rng, case),
-    "everything": lambda rng, case: (
-        (mask_cases.documents(rng, case) & masks.causal(3))
-        | (mask_cases.intervals(rng, case) & ~mask_cases.lengths(rng, case))
-        | ~(mask_cases.dense(rng, case) | mask_cases.blocks(rng, case))
-        & (mask_cases.window(rng, case) | EXPRESSION)
-    ),
+    "every-leaf": mask_cases.every_leaf,
 }
-EXPRESSION = masks.expression(
-    "(i / 5 + j) % 4 > h",
-    lambda b, h, i, j: np.broadcast_to((i // 5 + j) % 4 > h, (b + h + i + j).shape),
-)
-KINDS = {**mask_cases.LEAVES, "expression": lambda rng, case: EXPRESSION, **TREES}
+KINDS = {**mask_cases.LEAVES, "expression": lambda rng, case: mask_cases.SCATTERED, **TREES}
 
 
 BY_TILINGS = [
@@ -136,7 +127,7 @@ BY_TILINGS = [
         name,
         id=f"{kind}-{name}",
         # Each compiles a kernel: two tilings of every kind do in every run, and all of one.
-        marks=() if number % 2 == place // 2 or kind == "everything" else pytest.mark.full,
+        marks=() if number % 2 == place // 2 or kind == "every-leaf" else pytest.mark.full,
     )
     for number, kind in enumerate(KINDS)
     for place, name in enumerate(TILINGS)

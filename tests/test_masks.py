@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import mask_cases
 import numpy as np
 import pytest
 import threadpoolctl
+from conftest import on_every_backend
 
 import cuflash
 from cuflash import _mask_blocks, _terms, _work, masks, reference
@@ -87,28 +87,30 @@ ON_EVERY_BACKEND = {
 }
 
 
-def every_kind() -> Iterator[Any]:
+def every_kind() -> dict[str, tuple[Case, Mask]]:
     """Each leaf alone, a few pairs and trees, with grouped heads and D other than Dv."""
     rng = np.random.default_rng(3)
     gqa = replace(BFLOAT16, heads_q=4, heads_k=2, batch=1, head_dim_v=64)
-    yield from (pytest.param(*case, id=name) for name, case in ON_EVERY_BACKEND.items())
+    cases = dict(ON_EVERY_BACKEND)
     for name in ("intervals", "blocks", "dense", "expression"):
         mask = mask_cases.LEAVES[name](rng, gqa)
-        yield pytest.param(gqa, mask, id=f"gqa-{name}")
+        cases[f"gqa-{name}"] = (gqa, mask)
         if name != "dense":
-            yield pytest.param(gqa, mask & masks.causal(), id=f"gqa-{name}-and-causal")
+            cases[f"gqa-{name}-and-causal"] = (gqa, mask & masks.causal())
     for number in range(3):
-        yield pytest.param(gqa, mask_cases.tree(rng, gqa, depth=4), id=f"gqa-tree-{number}")
-    hidden = np.zeros((150, 200), bool)
-    yield pytest.param(BFLOAT16, masks.dense(hidden), id="nothing-visible")
+        cases[f"gqa-tree-{number}"] = (gqa, mask_cases.tree(rng, gqa, depth=4))
+    cases["gqa-every-leaf"] = (gqa, mask_cases.every_leaf(rng, gqa))
+    cases["nothing-visible"] = (BFLOAT16, masks.dense(np.zeros((150, 200), bool)))
+    return cases
 
 
-@pytest.mark.parametrize("case, mask", list(every_kind()))
+@pytest.mark.parametrize(
+    "backend, case, mask",
+    on_every_backend(every_kind(), always=("documents", "gqa-every-leaf")),
+    indirect=["backend"],
+)
 def test_on_every_backend(backend: backends.Backend, case: Case, mask: Mask) -> None:
-    try:
-        found = run(backend, case, {"mask": mask})
-    except NotImplementedError as error:
-        pytest.skip(str(error))
+    found = run(backend, case, {"mask": mask})
     for name, bound in oracle.expect(case.arrays(), {**case.options, "mask": mask}).items():
         error = bound.error(found[name])
         assert error <= bound.allowed, f"{name}: error {error:.2e}, allowed {bound.allowed:.2e}"

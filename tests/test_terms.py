@@ -13,6 +13,7 @@ import backends
 import numpy as np
 import pytest
 import threadpoolctl
+from conftest import on_every_backend
 from unreal_gpu import HK, HQ, SQ, B, D, Maker, refused
 
 import cuflash
@@ -186,7 +187,11 @@ ON_EVERY_BACKEND = {
 }
 
 
-@pytest.mark.parametrize(("names", "changes"), ON_EVERY_BACKEND.values(), ids=ON_EVERY_BACKEND)
+@pytest.mark.parametrize(
+    "backend, names, changes",
+    on_every_backend(ON_EVERY_BACKEND, always=("alibi-per-batch", "everything")),
+    indirect=["backend"],
+)
 def test_on_every_backend(
     backend: backends.Backend, names: tuple[str, ...], changes: dict[str, Any]
 ) -> None:
