@@ -33,9 +33,9 @@ class Gpu:
         self._device_id = device_id
 
     @property
-    def stream(self) -> int:
-        """The address of CuPy's current stream."""
-        return cupy.cuda.get_current_stream().ptr
+    def stream(self) -> tuple[int, int]:
+        """The device's number and the address of CuPy's current stream."""
+        return self._device_id, cupy.cuda.get_current_stream().ptr
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """Memory in order with the current stream, not cleared."""

@@ -226,10 +226,13 @@ def _compile(kernel: Kernel, arch: str) -> Cubin:
 def _complaint(kernel: Kernel, arch: str, log: str) -> str:
     """What NVRTC says; where it concerns a user's expression, of its lines alone."""
     log = log.rstrip("\0")
-    own = re.findall(rf"^(?:{_USER_CODE}).*: error: .*(?:\n(?!\S).*)*", log, re.MULTILINE)
-    if own:
-        written = re.findall(_USER_LINES, kernel.generated)
-        blamed = [f"  {name}: {code}" for name, code in written if any(name in x for x in own)]
+    # What an expression is of the wrong type for stands around it, in the generated header.
+    files = rf"{_USER_CODE}|{re.escape(GENERATED_HEADER)}"
+    own = re.findall(rf"^(?:{files}).*: error: .*(?:\n(?!\S).*)*", log, re.MULTILINE)
+    written = re.findall(_USER_LINES, kernel.generated)
+    if own and written:
+        named = [(name, code) for name, code in written if any(name in x for x in own)]
+        blamed = [f"  {name}: {code}" for name, code in named or written]
         return "\n".join(["cuflash: the expression does not compile", *blamed, *own])
     return (
         f"cuflash: NVRTC {_dotted(nvrtc_version())} cannot compile {_describe(kernel, arch)}\n{log}"

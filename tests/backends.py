@@ -151,7 +151,7 @@ class EmulatedGpu:
         self.buffers = list(inputs)
         self._stream: list[tuple[_traits.Kernel, int, bytes] | Callable[[], None]] = []
 
-    stream = 0
+    stream = (0, 0)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         import emulator
