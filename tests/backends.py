@@ -18,8 +18,19 @@ from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._program import Bits
 from cuflash.score_mod import ScoreMod
 
+Both = tuple[np.ndarray, np.ndarray, Gradients]
 
-class CpuBackend:
+
+class _Backend:
+    def both(self, dout, q, k, v, dlse=None, deterministic=True, **options: Any) -> Both:
+        """Out, lse and the gradients."""
+        out, lse = self.forward(q, k, v, **options)
+        dlse = None if dlse is None else dlse.astype(lse.dtype)
+        options = {**options, "dlse": dlse, "deterministic": deterministic}
+        return out, lse, self.backward(dout, q, k, v, out, lse, **options)
+
+
+class CpuBackend(_Backend):
     """The NumPy backend, through the public functions."""
 
     name = "cpu"
@@ -39,7 +50,7 @@ class CpuBackend:
         return cuflash.attention_varlen_backward(*arrays, **options)
 
 
-class GpuBackend:
+class GpuBackend(_Backend):
     """The kernels on the GPU at hand, through the public functions."""
 
     name = "gpu"
@@ -66,7 +77,7 @@ class GpuBackend:
         return Gradients(*(None if x is None else x.get() for x in grads))
 
 
-class EmulatedBackend:
+class EmulatedBackend(_Backend):
     """The kernels' PTX on the CPU, launched as on a GPU: Problem → Plan → parameters."""
 
     dtypes = ("float16", "bfloat16")
@@ -93,8 +104,21 @@ class EmulatedBackend:
         )
         return self._run(_launch.backward, gradient)
 
-    def _run(self, launch: Callable[..., Any], problem: Any) -> Any:
-        gpu = self._make_gpu(_arrays_of(problem))
+    def both(self, dout, q, k, v, dlse=None, deterministic=True, **options: Any) -> Both:
+        """As the others' in one stream, for which all kernels are compiled side by side."""
+        from cuflash import _launch
+
+        def launch(problem: Problem, gpu: EmulatedGpu) -> Both:
+            out, lse = _launch.forward(problem, gpu)
+            arrays = (dout, out, lse, dlse)
+            gradient = GradientProblem.create("both", problem, *arrays, deterministic)
+            return out, lse, _launch.backward(gradient, gpu)
+
+        problem = Problem.create("both", "cuda", q, k, v, **_as_arrays(options))
+        return self._run(launch, problem, [x for x in (dout, dlse) if x is not None])
+
+    def _run(self, launch: Callable[..., Any], problem: Any, others: Sequence[Any] = ()) -> Any:
+        gpu = self._make_gpu([*_arrays_of(problem), *others])
         results = launch(problem, gpu)
         gpu.synchronize()
         self.launches += gpu.launches

@@ -37,15 +37,16 @@ BACKENDS = ("cpu", "emulated-80", "emulated-90", pytest.param("gpu", marks=pytes
 def on_every_backend(cases: Mapping[str, tuple], always: Collection[str]) -> list[Any]:
     """(backend, *case) of each case, for a test with `indirect=["backend"]`.
 
-    Emulation compiles kernels for each: but for those in `always` it is `full`.
+    Emulation compiles kernels for each: but for those whose id is in `always` it is `full`.
     """
     parameters = []
     for name, case in cases.items():
         for backend in (pytest.param(x) if isinstance(x, str) else x for x in BACKENDS):
             (kind,), marks = backend.values, list(backend.marks)
-            if kind.startswith("emulated") and name not in always:
+            id_ = f"{kind}-{name}"
+            if kind.startswith("emulated") and id_ not in always:
                 marks.append(pytest.mark.full)
-            parameters.append(pytest.param(kind, *case, id=f"{kind}-{name}", marks=marks))
+            parameters.append(pytest.param(kind, *case, id=id_, marks=marks))
     return parameters
 
 

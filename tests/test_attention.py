@@ -253,12 +253,7 @@ def run(
     options = {**case.options, **options}
     q, k, v, dout, _ = arrays or case.arrays()
     q, k, v, dout = (case.place(x, np) for x in (q, k, v, dout))
-    out, lse = backend.forward(q, k, v, **options)
-    if dlse is not None:
-        dlse = dlse.astype(lse.dtype)
-    grads = backend.backward(
-        dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **options
-    )
+    out, lse, grads = backend.both(dout, q, k, v, dlse, case.deterministic, **options)
     results = {"out": out, "lse": lse, **grads._asdict()}
     return {name: x for name, x in results.items() if x is not None}
 

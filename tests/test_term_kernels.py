@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import emulated
 from test_attention import bits, check, run
+from test_mask_kernels import FORWARD, Tiling, check_lists, problem_of
 from unreal_gpu import Maker
 
 from cuflash import ScoreMod, _jit, _plan, _plan_small, _program, _traits, masks
@@ -22,7 +23,9 @@ pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CASE = Case(batch=2, seqlen_q=77, seqlen_k=150, heads_q=4, heads_k=2, head_dim=32, head_dim_v=24)
-FULL_SHAPE = (2, 4, 77, 150)
+# Of several tiles, and of one in either direction.
+BIASED = replace(CASE, seqlen_q=70, seqlen_k=90, heads_q=2, heads_k=1, head_dim_v=32)
+FULL_SHAPE = (2, 2, 70, 90)
 SHAPES = [
     tuple(1 if shared else n for n, shared in zip(FULL_SHAPE, axes, strict=True))
     for axes in itertools.product((False, True), repeat=4)
@@ -37,7 +40,7 @@ ARCHITECTURES = (80, 90)
 def test_bias_of_every_shape(rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     backend = emulated()
     bias = rng.standard_normal(shape, np.float32)
-    check(backend, CASE, bias=bias)
+    check(backend, BIASED, bias=bias)
     (kernel,) = (x for x in backend.launches if x.kernel.entry == "flash_bwd_bias")
     block = dict(kernel.kernel.constants)["BLOCK_Q"]
     tiles = np.prod([-(-n // block) if axis > 1 else n for axis, n in enumerate(shape)])
@@ -45,20 +48,20 @@ def test_bias_of_every_shape(rng: np.random.Generator, shape: tuple[int, ...]) -
     assert kernel.blocks > tiles or tiles > 6
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 77, 150), (2, 4, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 70, 90), (2, 2, 1, 1), (1, 1, 1, 1)], ids=str)
 def test_gradients_of_terms_are_bit_equal_under_any_schedule(
     rng: np.random.Generator, shape: tuple[int, ...]
 ) -> None:
     options = {"bias": rng.standard_normal(shape, np.float32)}
-    runs = [run(emulated(schedule="random", seed=seed), CASE, **options) for seed in range(2)]
+    runs = [run(emulated(schedule="random", seed=seed), BIASED, **options) for seed in range(2)]
     np.testing.assert_array_equal(bits(runs[0]["dbias"]), bits(runs[1]["dbias"]))
 
 
 def test_bias_of_any_strides(rng: np.random.Generator) -> None:
-    wide = rng.standard_normal((150, 4, 154, 2), np.float32)
-    check(
-        emulated(), CASE, bias=wide.T[:, ::2, :, ::-1].transpose(0, 2, 1, 3)[:, ::-1][..., :77, :]
-    )
+    wide = rng.standard_normal((90, 4, 140, 2), np.float32)
+    bias = wide.transpose(3, 1, 2, 0)[::-1, ::2, ::-2, ::-1]
+    assert bias.shape == FULL_SHAPE
+    check(emulated(), BIASED, bias=bias)
 
 
 def together(case: Case) -> dict[str, Any]:
@@ -86,9 +89,15 @@ def together(case: Case) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.full)])
 def test_everything_together(capability: int) -> None:
     check(emulated(capability=capability), CASE, **together(CASE))
+
+
+def test_all_but_what_multiplies_the_code_together() -> None:
+    """On Hopper, of which a test of score functions and softcap emulates the rest."""
+    options = {n: x for n, x in together(CASE).items() if n not in ("score_mod", "softcap")}
+    check(emulated(capability=90), CASE, **options)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -118,39 +127,52 @@ def at(array: np.ndarray, *indices: np.ndarray) -> np.ndarray:
     return array[tuple(clipped)].astype(np.float64)
 
 
-def test_named_arrays_of_every_dtype(rng: np.random.Generator) -> None:
-    """With one to four axes, strides of any sign, and indices beyond every end."""
-    whole = [rng.integers(-3, 4, (3, 5, 7, 90)).astype(dtype) for dtype in DTYPES]
-    named = dict(zip("uvwxyz", whole, strict=True))
-    named["v"] = named["v"][0, 0, 0, ::-1]
-    named["w"] = named["w"][..., ::2].T
-    named["x"] = named["x"][1, :, 2:4]
-    named["y"] = named["y"][0, 2]
-    code = "0.1f * u(b, h, 3, j) + 0.2f * v(i - 9) - 0.3f * w(j - 7, i, h, b) + 0.1f * x(h, i, j) "
-    code += "- 0.2f * y(h - 1, 1000 * i) + 0.3f * z(-7, -1, 100, j)"
+def named_arrays(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Of every dtype, with one to four axes and strides of any sign."""
+    u, v, w, x, y, z = (rng.integers(-3, 4, (3, 5, 7, 90)).astype(dtype) for dtype in DTYPES)
+    v, w, x, y = v[0, 0, 0, ::-1], w[..., ::2].T, x[1, :, 2:4], y[0, 2]
+    return {"u": u, "v": v, "w": w, "x": x, "y": y, "z": z}
 
-    def terms(b, h, i, j, u, v, w, x, y, z):
-        three, first, last = (np.array(n) for n in (3, -7, 100))
-        return (
-            0.1 * at(u, b, h, three, j)
-            + 0.2 * at(v, i - 9)
-            - 0.3 * at(w, j - 7, i, h, b)
-            + 0.1 * at(x, h, i, j)
-            - 0.2 * at(y, h - 1, 1000 * i)
-            + 0.3 * at(z, first, first, last, j)
-        )
 
-    function = ScoreMod(
-        f"score + {code}",
-        "1.f",
-        numpy_forward=lambda score, *place, **arrays: score + terms(*place, **arrays),
-        numpy_backward=lambda score, *place, **arrays: np.ones(1),
-        named=named,
+# Indices beyond every end.
+CODE = """0.1f * u(b, h, 3, j) + 0.2f * v(i - 9) - 0.3f * w(j - 7, i, h, b) + 0.1f * x(h, i, j)
+    - 0.2f * y(h - 1, 1000 * i) + 0.3f * z(-7, -1, 100, j)"""
+
+
+def value(b, h, i, j, u, v, w, x, y, z):
+    """Of CODE."""
+    three, first, last = (np.array(n) for n in (3, -7, 100))
+    return (
+        0.1 * at(u, b, h, three, j)
+        + 0.2 * at(v, i - 9)
+        - 0.3 * at(w, j - 7, i, h, b)
+        + 0.1 * at(x, h, i, j)
+        - 0.2 * at(y, h - 1, 1000 * i)
+        + 0.3 * at(z, first, first, last, j)
     )
+
+
+def test_named_arrays(rng: np.random.Generator) -> None:
+    """In the kernel that asks every pair for tiles."""
     mask = masks.expression(
-        f"{code} > -0.55f", lambda *place, **x: terms(*place, **x) > -0.55, **named
+        f"{CODE} > 1.45f",
+        lambda *place, **arrays: value(*place, **arrays) > 1.45,
+        **named_arrays(rng),
     )
-    check(emulated(), CASE, score_mod=function, mask=mask)
+    check_lists(problem_of(CASE, mask=mask), Tiling(4, 2, False), FORWARD)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_named_arrays_in_scores(rng: np.random.Generator, capability: int) -> None:
+    function = ScoreMod(
+        f"score + {CODE}",
+        "1.f",
+        numpy_forward=lambda score, *place, **arrays: score + value(*place, **arrays),
+        numpy_backward=lambda score, *place, **arrays: np.ones(1),
+        named=named_arrays(rng),
+    )
+    check(emulated(capability=capability), CASE, score_mod=function)
 
 
 def complaint(mask: Mask | None = None, score_mod: ScoreMod | None = None) -> str:

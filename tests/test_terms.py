@@ -85,9 +85,7 @@ def run(backend: backends.Backend, case: Case, options: dict[str, Any]) -> dict[
     """out, lse and every gradient by name."""
     q, k, v, dout, dlse = case.arrays()
     q, k, v, dout = (case.place(x, np) for x in (q, k, v, dout))
-    out, lse = backend.forward(q, k, v, **case.options, **options)
-    dlse = dlse.astype(lse.dtype)
-    grads = backend.backward(dout, q, k, v, out, lse, dlse=dlse, **case.options, **options)
+    out, lse, grads = backend.both(dout, q, k, v, dlse, **case.options, **options)
     results = {"out": out, "lse": lse, **grads._asdict()}
     return {name: x for name, x in results.items() if x is not None}
 
@@ -180,7 +178,10 @@ ON_EVERY_BACKEND = {
     "dropout": (("dropout",), {"causal": True}),
     "dropout-and-grouped-heads": (("dropout",), {"heads_q": 4, "heads_k": 1, "head_dim_v": 24}),
     "score_mod": (("score_mod",), {"causal": True}),
-    "score_mod-and-softcap": (("score_mod",), {"softcap": 2.0, "heads_q": 4, "heads_k": 2}),
+    "score_mod-and-softcap": (
+        ("score_mod",),
+        {"softcap": 2.0, "window": (40, 30), "heads_q": 4, "heads_k": 2},
+    ),
     "bias": (("bias",), {"causal": True}),
     "bias-and-softcap": (("bias",), {"softcap": 2.0, "head_dim_v": 24}),
     "everything": (TERMS[1:], {"causal": True, "heads_q": 4, "heads_k": 2}),
@@ -189,7 +190,10 @@ ON_EVERY_BACKEND = {
 
 @pytest.mark.parametrize(
     "backend, names, changes",
-    on_every_backend(ON_EVERY_BACKEND, always=("alibi-per-batch", "everything")),
+    on_every_backend(
+        ON_EVERY_BACKEND,
+        always=("emulated-80-alibi-per-batch", "emulated-90-score_mod-and-softcap"),
+    ),
     indirect=["backend"],
 )
 def test_on_every_backend(
