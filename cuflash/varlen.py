@@ -79,7 +79,7 @@ def attention_varlen(
     TypeError, ValueError
         As `attention`, and where cu_seqlens_q or cu_seqlens_k cannot be.
     NotImplementedError
-        The arrays are on a GPU; the cpu backend has it.
+        As `attention`.
 
     Examples
     --------
