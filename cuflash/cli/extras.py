@@ -5,19 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import reduce
 from operator import and_
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from cuflash import masks
+from cuflash.masks import Mask
 from cuflash.score_mod import ScoreMod
 
-if TYPE_CHECKING:
-    from cuflash.cli.cases import Case
-    from cuflash.masks import Mask
+
+class Sizes(Protocol):
+    """What masks and terms read of a problem."""
+
+    batch: int
+    dtype: int
+    extras: tuple[str, ...]
+    heads_k: int
+    heads_q: int
+    seqlen_k: int
+    seqlen_q: int
 
 
-def options(case: Case) -> dict[str, Any]:
+def options(case: Sizes) -> dict[str, Any]:
     """Keywords for `attention`: the masks that the case names, joined by &, and its terms."""
     found: dict[str, Any] = {}
     named = [name for name in case.extras if name in MASKS]
@@ -33,47 +42,47 @@ def _numbers() -> np.random.Generator:
     return np.random.default_rng(1)
 
 
-def _documents(rng: np.random.Generator, case: Case) -> Mask:
+def _documents(rng: np.random.Generator, case: Sizes) -> Mask:
     """A few, each of queries and keys side by side, of unequal lengths."""
     ids = (rng.integers(0, 4, (case.batch, n)) for n in (case.seqlen_q, case.seqlen_k))
     return masks.documents(*(np.sort(x) for x in ids))
 
 
-def _scattered_documents(rng: np.random.Generator, case: Case) -> Mask:
+def _scattered_documents(rng: np.random.Generator, case: Sizes) -> Mask:
     ids = (rng.integers(-1, 2, (case.batch, n)) for n in (case.seqlen_q, case.seqlen_k))
     return masks.documents(*ids)
 
 
-def _intervals(rng: np.random.Generator, case: Case) -> Mask:
+def _intervals(rng: np.random.Generator, case: Sizes) -> Mask:
     """Two for each key, some of no rows, other ones for every key head."""
     shape = (case.batch, case.heads_k, case.seqlen_k, 2)
     return masks.intervals(*rng.integers(0, case.seqlen_q + 1, (2, *shape)))
 
 
-def _blocks(rng: np.random.Generator, case: Case) -> Mask:
+def _blocks(rng: np.random.Generator, case: Sizes) -> Mask:
     """Blocks that are no tile of any kernel, other ones for every query head."""
     grid = (-(-case.seqlen_q // 48), -(-case.seqlen_k // 80))
     return masks.blocks(rng.random((1, case.heads_q, *grid)) < 0.5, 48, 80)
 
 
-def _dense(rng: np.random.Generator, case: Case) -> Mask:
+def _dense(rng: np.random.Generator, case: Sizes) -> Mask:
     return masks.dense(rng.random((case.batch, 1, case.seqlen_q, case.seqlen_k)) < 0.5)
 
 
-def _hidden_rows(rng: np.random.Generator, case: Case) -> Mask:
+def _hidden_rows(rng: np.random.Generator, case: Sizes) -> Mask:
     """Half of the rows see nothing, and then half of those that are left."""
     is_late = np.arange(case.seqlen_q) >= case.seqlen_q // 2
     return masks.dense((is_late & (rng.random(case.seqlen_q) < 0.5))[:, None])
 
 
-def _expression(rng: np.random.Generator, case: Case) -> Mask:
+def _expression(rng: np.random.Generator, case: Sizes) -> Mask:
     steps = rng.integers(1, 4, case.heads_q).astype(np.int32)
     return masks.expression(
         "(i + j) % steps(h) == 0", lambda b, h, i, j, steps: (i + j) % steps[h] == 0, steps=steps
     )
 
 
-MASKS: dict[str, Callable[[np.random.Generator, Case], Mask]] = {
+MASKS: dict[str, Callable[[np.random.Generator, Sizes], Mask]] = {
     "causal": lambda rng, case: masks.causal(),
     "window": lambda rng, case: masks.window(70, 20, rng.integers(-50, 200, case.batch)),
     "lengths": lambda rng, case: masks.lengths(
@@ -93,10 +102,10 @@ MASKS: dict[str, Callable[[np.random.Generator, Case], Mask]] = {
 }
 
 
-def _bias(*axes: int) -> Callable[[np.random.Generator, Case], dict[str, Any]]:
+def _bias(*axes: int) -> Callable[[np.random.Generator, Sizes], dict[str, Any]]:
     """Of q's dtype; `axes` of (B, Hq, Sq, Sk) are one element long."""
 
-    def make(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+    def make(rng: np.random.Generator, case: Sizes) -> dict[str, Any]:
         shape = [case.batch, case.heads_q, case.seqlen_q, case.seqlen_k]
         for axis in axes:
             shape[axis] = 1
@@ -105,11 +114,11 @@ def _bias(*axes: int) -> Callable[[np.random.Generator, Case], dict[str, Any]]:
     return make
 
 
-def _bias_float32(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+def _bias_float32(rng: np.random.Generator, case: Sizes) -> dict[str, Any]:
     return {"bias": rng.standard_normal((case.heads_q, 1, case.seqlen_k), np.float32)}
 
 
-def _score_mod(rng: np.random.Generator, case: Case) -> dict[str, Any]:
+def _score_mod(rng: np.random.Generator, case: Sizes) -> dict[str, Any]:
     """Depends on the score, its place and an array, and so does its derivative."""
     gain = rng.standard_normal((case.heads_q, case.seqlen_k), np.float32)
     return {
@@ -125,7 +134,7 @@ def _score_mod(rng: np.random.Generator, case: Case) -> dict[str, Any]:
     }
 
 
-TERMS: dict[str, Callable[[np.random.Generator, Case], dict[str, Any]]] = {
+TERMS: dict[str, Callable[[np.random.Generator, Sizes], dict[str, Any]]] = {
     "alibi": lambda rng, case: {
         "alibi_slopes": 2.0 ** -np.arange(1, case.heads_q + 1).astype(np.float32)
     },
