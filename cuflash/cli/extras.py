@@ -18,7 +18,7 @@ class Sizes(Protocol):
     """What masks and terms read of a problem."""
 
     batch: int
-    dtype: int
+    dtype: np.dtype
     extras: tuple[str, ...]
     heads_k: int
     heads_q: int
