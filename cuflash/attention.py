@@ -127,8 +127,8 @@ def attention(
     ValueError
         Arrays lie on different devices, or a shape, a stride or a value is not possible.
     NotImplementedError
-        The GPU kernels do not have it: a head size over 256, a mask of more than 32 rules. The CPU
-        has no function for a user's expression.
+        The GPU kernels do not have it: a head size over 256, or more than 32 rules of a
+        mask and named arrays. The CPU has no function for a user's expression.
     ImportError, RuntimeError
         The arrays are on a GPU; CuPy is not installed, or cannot use that GPU.
 

@@ -361,6 +361,8 @@ def _locate(function: str, name: str, x: Foreign) -> tuple[Framework, str]:
     """The framework of an array and the device that it lies on."""
     framework = _framework(type(x))
     if isinstance(framework, str):
+        if name == "mask":
+            framework = "expected a boolean array, or a mask such as cuflash.masks.causal()"
         found = "None" if x is None else f"a {_class_name(type(x))}"
         raise TypeError(f"cuflash.{function}: {name} is {found}; {framework}")
     try:
