@@ -67,12 +67,12 @@ class BlockMask:
 
     def states_of(self, batch: int, head: int, member: int, rows: slice) -> np.ndarray:
         """Of each block of keys, for a tile of rows: (blocks of keys,)."""
-        states = self.states[self._place(batch, head, member)]
+        states = self.states[self.place(batch, head, member)]
         return states[rows.start // self.grid.block[0]]
 
     def row_tiles(self, batch: int, head: int, member: int, rows: int, most: int) -> list[slice]:
         """The rows in tiles: of one block, or of `most` at most that see the same, in full."""
-        place = self._place(batch, head, member)
+        place = self.place(batch, head, member)
         key = (*place, rows, most)
         if key in self.kept_tiles:
             return self.kept_tiles[key]
@@ -95,12 +95,12 @@ class BlockMask:
     def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> tuple[int, int]:
         """Where the blocks of keys start and end that some tiles of rows see."""
         row_size, size = self.grid.block
-        states = self.states[self._place(batch, head, member)]
+        states = self.states[self.place(batch, head, member)]
         states = states[rows.start // row_size : -(-rows.stop // row_size)]
         (seen,) = states.any(axis=0).nonzero()
         return (int(seen[0]) * size, (int(seen[-1]) + 1) * size) if seen.size else (0, 0)
 
-    def _place(self, batch: int, head: int, member: int) -> tuple[int, ...]:
+    def place(self, batch: int, head: int, member: int) -> tuple[int, ...]:
         """Into the first axes of the states."""
         shape = self.states.shape
         return tuple(0 if n == 1 else i for n, i in zip(shape, (batch, head, member), strict=False))

@@ -31,6 +31,9 @@ TILE_OF_BAND = (256, 512)
 # Of each block of so many rows and keys a mask says whether nothing, some or all is visible.
 MASK_BLOCK = (128, 128)
 
+# Runs of blocks whose elements are kept, in pieces of 64 KiB at most.
+KEPT_RUNS = 64
+
 # Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
 MANY_TASKS = 16
 
@@ -74,6 +77,7 @@ class Work:
             self._cut(splits_rows)
         else:
             self.mask = BlockMask.of(problem, MASK_BLOCK)
+            self.kept_runs: dict[tuple[int, ...], list[Run]] = {}
             # Each tile of rows reads keys of its own choice: they are converted once, before.
             self.k, self.v = (x.astype(self.dtype, copy=False) for x in (self.k, self.v))
             self._cut_by_mask(splits_rows)
@@ -350,8 +354,18 @@ class Item:
                 for some in blocks(keys, TILE[1]):
                     yield from self._evaluated(rows, some)
 
-    def _evaluated(self, rows: slice, keys: slice) -> Iterator[Run]:
-        """Of these keys the blocks that some row sees some of."""
+    def _evaluated(self, rows: slice, keys: slice) -> list[Run]:
+        """Of these keys the blocks that some row sees some of; kept for a while for other heads."""
+        kept = self.work.kept_runs
+        place = (*self.work.mask.place(*self.start), rows.start, keys.start)
+        runs = kept.get(place)
+        if runs is None:
+            if len(kept) >= KEPT_RUNS:
+                kept.clear()
+            runs = kept[place] = list(self._evaluate(rows, keys))
+        return runs
+
+    def _evaluate(self, rows: slice, keys: slice) -> Iterator[Run]:
         mask, size, width = self.work.mask, MASK_BLOCK[1], keys.stop - keys.start
         visible = mask.visible(Area(mask.grid, *self.index, rows, keys))
         if width <= size:
