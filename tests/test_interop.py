@@ -519,7 +519,9 @@ def test_what_is_no_array(x: Any, found: str) -> None:
 
 @pytest.mark.parametrize("name", ["mask", "bias", "alibi_slopes", "sinks", "out"])
 def test_options_that_are_no_arrays(name: str) -> None:
-    with pytest.raises(TypeError, match=f"^cuflash.attention: {name} is a list; expected an array"):
+    expected = "a boolean array, or a mask such as" if name == "mask" else "an array of NumPy"
+    message = f"^cuflash.attention: {name} is a list; expected {expected}"
+    with pytest.raises(TypeError, match=message):
         cuflash.attention(**tensors(), **{name: [[True]]})
 
 
