@@ -357,7 +357,8 @@ class Item:
     def _evaluated(self, rows: slice, keys: slice) -> list[Run]:
         """Of these keys the blocks that some row sees some of; kept for a while for other heads."""
         kept = self.work.kept_runs
-        place = (*self.work.mask.place(*self.start), rows.start, keys.start)
+        place = self.work.mask.place(*self.start)
+        place += (rows.start, rows.stop, keys.start, keys.stop)
         runs = kept.get(place)
         if runs is None:
             if len(kept) >= KEPT_RUNS:
