@@ -11,12 +11,8 @@ that is busy for a while disturbs both: the ratio is the median of the repeats' 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import threadpoolctl
 import torch
+from machine import environment
 
 import cuflash
 
@@ -58,7 +55,8 @@ def main() -> None:
                     flush=True,
                 )
                 cases.append(case)
-    report = _environment(arguments.threads) | {"repeats": arguments.repeats, "cases": cases}
+    report = environment(arguments.threads) | {"torch": torch.__version__}
+    report |= {"repeats": arguments.repeats, "cases": cases}
     arguments.results.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -113,42 +111,6 @@ def _milliseconds(call: Call) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
-
-
-def _environment(threads: int) -> dict[str, object]:
-    """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cpu": _cpu_name(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "blas": [
-            f"{library['internal_api']} {library['version']} {library.get('architecture', '')}"
-            for library in threadpoolctl.threadpool_info()
-            if library["user_api"] == "blas"
-        ],
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's own name where Linux tells it."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":
