@@ -240,7 +240,11 @@ class Band(Leaf):
     left: int | None
     right: int | None
     offset: int | Array | None  # int, (B,) integers, or None: the call's
-    kind = "window"
+
+    @property
+    def kind(self) -> str:
+        """As what it was made."""
+        return "causal" if (self.left, self.right) == (None, 0) else "window"
 
     def check_own(self, check: Check, name: str, shape: ScoresShape) -> None:
         check.offset(self.offset, shape.batch, f"{name} offset")
