@@ -1,0 +1,59 @@
+"""What the compiler makes of kernels with a mask or terms: registers, serialised products."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cuflash import _jit, _plan
+from cuflash._problem import Problem
+from cuflash._traits import TMA_BYTES, Kernel, Traits
+from cuflash.cli.cases import Case
+from cuflash.cli.extras import MASKS, TERMS
+
+pytest.importorskip("cupy", reason="compiling needs CuPy")
+
+HEAD_DIMS = (64, 128, 256)
+ALL_TERMS = ("documents", "alibi", "bias", "sinks", "dropout", "score_mod")
+SERIALISED = re.compile(r"C75(?:08|1[0-6]|18|20)")
+# Bytes, by capability: with one mask or term, with a mask and every term.
+SPILLS = {80: (8, 208), 90: (72, 192)}
+
+
+def kernels(case: Case, capability: int) -> tuple[Kernel, Kernel]:
+    """Of the forward and the backward pass."""
+    q, k, v, _, _ = case.arrays()
+    problem = Problem.create("attention", "cuda", q, k, v, **case.options)
+    traits = Traits.of(problem, TMA_BYTES, tma=True)
+    forward = _plan.forward_plan(traits, capability).kernel
+    return forward, _plan.backward_plan(traits, capability, deterministic=True).main
+
+
+def check(case: Case, capability: int, most_spilled: int) -> None:
+    for kernel in kernels(case, capability):
+        cubin = _jit.cached_cubin(kernel)
+        assert not SERIALISED.search(cubin.log), cubin.log
+        assert cubin.resources.spill_bytes <= most_spilled, (kernel.source, case)
+        assert cubin.resources.registers * kernel.threads <= 65536, (kernel.source, case)
+
+
+def test_one_configuration() -> None:
+    check(Case(heads_q=2, head_dim=128, extras=("bias", "documents")), 90, SPILLS[90][1])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", [*MASKS, *TERMS])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", SPILLS)
+def test_a_mask_or_a_term(capability: int, head_dim: int, name: str) -> None:
+    case = Case(heads_q=2, head_dim=head_dim, extras=(name,))
+    check(case, capability, SPILLS[capability][0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("capability", SPILLS)
+def test_a_mask_and_all_terms(capability: int, head_dim: int) -> None:
+    case = Case(heads_q=2, head_dim=head_dim, softcap=5.0, extras=ALL_TERMS)
+    check(case, capability, SPILLS[capability][1])
