@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import numpy as np
 
 from cuflash._arrays import LN_2
@@ -16,50 +19,67 @@ class KeyGradients:
 
     def __init__(self, work: Work, splits: int) -> None:
         self.work = work
-        items = work.items()
-        self.rows = {item.start: item.split_rows(splits) for item in items}
+        self.rows = {item.start: item.split_rows(splits) for item in work.items()}
+        # By batch entry, first key head and split: the key heads, and the keys that some row sees.
+        spans: dict[tuple[int, int, int], tuple[int, slice]] = {}
+        for item in work.items():
+            for split, rows in enumerate(self.rows[item.start]):
+                place, span = (*item.start[:2], split), item.span_of_keys(rows)
+                if span.start < span.stop:
+                    _, other = spans.get(place, (0, span))
+                    both = slice(min(span.start, other.start), max(span.stop, other.stop))
+                    spans[place] = (item.heads.stop - item.heads.start, both)
         sizes = (work.k.shape[-1], work.v.shape[-1])
-        parts = {
-            (item.start, split): (item.heads.stop - item.heads.start, item.span_of_keys(rows))
-            for item in items
-            for split, rows in enumerate(self.rows[item.start])
-        }
-        counts = [heads * (span.stop - span.start) for heads, span in parts.values()]
-        room = np.zeros(sum(counts) * sum(sizes), work.dtype)
-        self.parts: dict[tuple[tuple[int, int, int], int], tuple[slice, list[np.ndarray]]] = {}
-        start = 0
-        for (place, (heads, span)), count in zip(parts.items(), counts, strict=True):
+        keys = sum(heads * (span.stop - span.start) for heads, span in spans.values())
+        room = np.zeros(keys * sum(sizes), work.dtype)
+        self.parts: dict[tuple[int, int], dict[int, _Part]] = {}
+        for (batch, head, split), (heads, span) in spans.items():
             arrays = []
             for size in sizes:
-                some = room[start : start + count * size]
-                arrays.append(some.reshape(heads, span.stop - span.start, size))
-                start += count * size
-            self.parts[place] = (span, arrays)
+                shape = (heads, span.stop - span.start, size)
+                arrays.append(room[: math.prod(shape)].reshape(shape))
+                room = room[math.prod(shape) :]
+            self.parts.setdefault((batch, head), {})[split] = _Part(span, *arrays)
 
     def add(
         self, item: Item, split: int, keys: slice, dkey: np.ndarray, dvalue: np.ndarray
     ) -> None:
         """Add to dk / ln 2 and dv of some keys: (heads, keys, D) and (heads, keys, Dv)."""
-        span, arrays = self.parts[item.start, split]
-        part = slice(keys.start - span.start, keys.stop - span.start)
-        for array, some in zip(arrays, (dkey, dvalue), strict=True):
-            array[:, part] += some
+        part = self.parts[item.start[:2]][split]
+        index = (slice(None), slice(keys.start - part.keys.start, keys.stop - part.keys.start))
+        part.dkey[index] += dkey
+        part.dvalue[index] += dvalue
 
     def write(self, item: Item, dk: np.ndarray, dv: np.ndarray) -> None:
         """Write dk and dv (heads, keys, D or Dv) of an item's heads: sums in order of the rows."""
-        parts = [part for (start, _), part in self.parts.items() if start[:2] == item.start[:2]]
-        for number, (target, factor) in enumerate(((dk, LN_2), (dv, 1))):
+        by_split = self.parts.get(item.start[:2], {})
+        parts = [by_split[split] for split in sorted(by_split)]
+        for part in parts:
+            np.multiply(part.dkey, LN_2, out=part.dkey)
+        for target, name in ((dk, "dkey"), (dv, "dvalue")):
             total = target
             if target.dtype != self.work.dtype:
                 total = np.empty(target.shape, self.work.dtype)
-            written = 0  # the keys before this one
-            for span, arrays in parts:
-                some = np.multiply(arrays[number], factor, out=arrays[number])
-                total[:, written : span.start] = 0
-                both = max(0, min(written, span.stop) - span.start)
-                total[:, span.start : span.start + both] += some[:, :both]
-                total[:, span.start + both : span.stop] = some[:, both:]
-                written = max(written, span.stop)
-            total[:, written:] = 0
+            _write_sum(total, [(part.keys, getattr(part, name)) for part in parts])
             if total is not target:
                 target[...] = total
+
+
+class _Part(NamedTuple):
+    """What one split adds to some heads."""
+
+    keys: slice
+    dkey: np.ndarray  # (heads, keys, D), dk / ln 2
+    dvalue: np.ndarray  # (heads, keys, Dv)
+
+
+def _write_sum(total: np.ndarray, parts: list[tuple[slice, np.ndarray]]) -> None:
+    """Write the sum of arrays (heads, keys, size) to one of all keys, each to keys of its own."""
+    written = 0  # the keys before this one
+    for span, some in parts:
+        total[:, written : span.start] = 0
+        both = max(0, min(written, span.stop) - span.start)
+        total[:, span.start : span.start + both] += some[:, :both]
+        total[:, span.start + both : span.stop] = some[:, both:]
+        written = max(written, span.stop)
+    total[:, written:] = 0

@@ -256,14 +256,15 @@ def _(mask: tree.Band, grid: Grid) -> Sight:
     (row, row_stop), (key, key_stop) = grid.rows, grid.keys
     offset = grid.offsets if mask.offset is None else np.atleast_1d(mask.offset)
     offset = _by_batch(offset.astype(np.int64))
-    # Of j - i in a block the least and the greatest, and every number between them.
-    least, greatest = key - (row_stop - 1), key_stop - 1 - row
+    # Comparisons of a row with a column: what is as large as all blocks is of one byte each.
     some = everything = np.ones((1, 1, 1, 1, 1), bool)
     if mask.left is not None:
-        some, everything = greatest >= offset - mask.left, least >= offset - mask.left
+        first = offset - mask.left
+        some, everything = key_stop - 1 >= row + first, key >= row_stop - 1 + first
     if mask.right is not None:
-        some = some & (least <= offset + mask.right)
-        everything = everything & (greatest <= offset + mask.right)
+        last = offset + mask.right
+        some = some & (key <= row_stop - 1 + last)
+        everything = everything & (key_stop - 1 <= row + last)
     return Sight(some, everything)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -419,3 +420,26 @@ def test_a_compiled_mask_is_a_mask(rng: np.random.Generator, small_tiles: None) 
     compiled = mask_cases.tree(rng, SMALL, 3).compile(q, k)
     check_float64(SMALL, compiled & masks.causal() | ~compiled)
     check_float64(SMALL, compiled.compile(q, k))
+
+
+# ------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("own_heads", [False, True], ids=["shared", "a-mask-per-head"])
+def test_memory_grows_with_the_length_and_not_its_square(own_heads: bool) -> None:
+    seqlen, heads = 4096, 4
+    case = replace(SMALL, dtype=np.dtype(np.float32), batch=1, seqlen_q=seqlen, seqlen_k=seqlen)
+    mask = masks.causal() & masks.documents(np.arange(seqlen)[None] // 700)
+    if own_heads:
+        near = masks.expression("i - j <= 1000 * h", lambda b, h, i, j: i - j <= 1000 * h)
+        mask = mask & near | masks.window(9, 9)
+    q, k, v, dout, _ = case.arrays()
+    tracemalloc.start()
+    try:
+        with threadpoolctl.threadpool_limits(2, user_api="blas"):
+            _, pullback = cuflash.attention_vjp(q, k, v, mask=mask)
+            pullback(dout)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * heads * seqlen**2 / 10
