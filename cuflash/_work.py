@@ -335,7 +335,7 @@ class Item:
         """What a tile's rows see of all keys; the next tile may overwrite it."""
         work = self.work
         states = work.mask.states_of(*self.start, rows)[: -(-self.band.keys // MASK_BLOCK[1])]
-        seen = np.count_nonzero(states)
+        seen = int(np.count_nonzero(states))
         tiles = max(1, -(-seen // work.most_keys))
         size = -(-seen // tiles) * MASK_BLOCK[1]
         for runs in _filled(self._visible_runs(rows, states), size):
@@ -369,15 +369,16 @@ class Item:
     def _evaluate(self, rows: slice, keys: slice) -> Iterator[Run]:
         mask, size, width = self.work.mask, MASK_BLOCK[1], keys.stop - keys.start
         visible = mask.visible(Area(mask.grid, *self.index, rows, keys))
-        if width <= size:
-            is_seen = visible.any(keepdims=True).reshape(1)
+        seen_by_some = visible.any(axis=(0, 1, 2))
+        if width > size and not seen_by_some.all():
+            blocks_seen = np.logical_or.reduceat(seen_by_some, range(0, width, size))
+            stretches = [columns for seen, columns in _stretches(blocks_seen, width) if seen]
         else:
-            is_seen = np.logical_or.reduceat(visible.any(axis=(0, 1, 2)), range(0, width, size))
-        for seen, columns in _stretches(is_seen, width):
-            if seen:
-                hidden = ~visible[..., columns]
-                some = slice(keys.start + columns.start, keys.start + columns.stop)
-                yield Run(some, hidden if hidden.any() else None)
+            stretches = [slice(0, width)] if seen_by_some.any() else []
+        for columns in stretches:
+            hidden = ~visible[..., columns]
+            some = slice(keys.start + columns.start, keys.start + columns.stop)
+            yield Run(some, hidden if hidden.any() else None)
 
 
 def _stretches(states: np.ndarray, stop: int) -> Iterator[tuple[int, slice]]:
