@@ -190,11 +190,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   u32* turns = p.turns + 1;
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
-  const auto load_keys = [&](const auto& tile, const Tensor& x, int cols) {
-    const u16* keys = mask.keys(x, work.head) + first_key * x.seq_stride;
-    load_tile<kThreads>(
-        tile, [&](int row) { return keys + row * x.seq_stride; }, mask.kv_len - first_key, cols);
-    cp_async_commit();
+  const auto load_k = [&] {
+    load_rows<kThreads>(k_smem, mask.keys(p.k, work.head) + first_key * p.k.seq_stride,
+                        p.k.seq_stride, mask.kv_len - first_key, p.problem.head_dim);
+  };
+  const auto load_v = [&] {
+    load_rows<kThreads>(v_smem, mask.keys(p.v, work.head) + first_key * p.v.seq_stride,
+                        p.v.seq_stride, mask.kv_len - first_key, p.problem.head_dim_v);
   };
   const auto q_stage = [&](int stage) { return QTile{base + kStagesOffset + stage * kStageBytes}; };
   const auto dout_stage = [&](int stage) { return DoutTile{q_stage(stage).base + kDoutOffset}; };
@@ -221,8 +223,8 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   clear(dv);
   bool keys_non_finite = false;
   if (tiles.valid()) {
-    load_keys(k_smem, p.k, p.problem.head_dim);
-    load_keys(v_smem, p.v, p.problem.head_dim_v);
+    load_k();
+    load_v();
     load_queries(0, tiles.current);
     cp_async_wait<0>();
     keys_non_finite = __syncthreads_or(copied_non_finite<kThreads>(k_smem));
@@ -287,7 +289,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     await_turn(turns + workspace, tiles.turn());
     QueryGrid::Acc dq;
     query_gradient(dq, ds_smem, k_smem, partly_visible && keys_non_finite, mask, head_q, first_row,
-                   first_key, [&] { load_keys(k_smem, p.k, p.problem.head_dim); });
+                   first_key, load_k);
     if (kDeterministic) __syncthreads();  // it is this tile's turn for every thread
     for_each_dq(dq, p.dq_acc, workspace, [](float value, float* sum) { red_add(sum, value); });
     if (kStages == 2) stage = 1 - stage;

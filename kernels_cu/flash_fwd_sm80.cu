@@ -123,12 +123,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u16* q = mask.queries(p.q, head_q);
   const u16* k = mask.keys(p.k, rows.head_k(p.problem, work.head));
   const u16* v = mask.keys(p.v, rows.head_k(p.problem, work.head));
-  const auto load_keys = [&](const auto& tile, const u16* x, const Tensor& shape, int cols) {
+  const auto load_k = [&] {
     const i64 first_key = (i64)tiles.current * kBlockKV;
-    load_tile<kThreads>(
-        tile, [&](int row) { return x + (first_key + row) * shape.seq_stride; },
-        mask.kv_len - (int)first_key, cols);
-    cp_async_commit();
+    load_rows<kThreads>(k_smem, k + first_key * p.k.seq_stride, p.k.seq_stride,
+                        mask.kv_len - (int)first_key, p.problem.head_dim);
+  };
+  const auto load_v = [&] {
+    const i64 first_key = (i64)tiles.current * kBlockKV;
+    load_rows<kThreads>(v_smem, v + first_key * p.v.seq_stride, p.v.seq_stride,
+                        mask.kv_len - (int)first_key, p.problem.head_dim_v);
   };
 
   const Scores scores(p.problem);
@@ -141,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     load_tile<kThreads>(
         q_smem, [&](int row) { return rows.pointer(q, p.q, first_row + row); },
         mask.valid_rows() - first_row, p.problem.head_dim);
-    load_keys(k_smem, k, p.k, p.problem.head_dim);
+    load_k();
   }
 #pragma unroll 1
   while (tiles.valid()) {
@@ -151,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
     cp_async_wait<0>();
     __syncthreads();  // K is here, and every warp has finished with V
-    load_keys(v_smem, v, p.v, p.problem.head_dim_v);
+    load_v();
 
     // s = q kᵀ
     float s_acc[kM][kBlockKV / 8][4];
@@ -162,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     // V is here, and every warp has finished with K
     const bool non_finite = __syncthreads_or(partly_visible && copied_non_finite<kThreads>(v_smem));
     tiles.advance();
-    if (tiles.valid()) load_keys(k_smem, k, p.k, p.problem.head_dim);
+    if (tiles.valid()) load_k();
 
     scores.transform(s_acc, places);
     if (partly_visible) hide(s_acc, places);

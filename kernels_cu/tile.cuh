@@ -62,6 +62,13 @@ DEVICE void load_tile(const Tile& tile, const RowPointer& row_pointer, int valid
   });
 }
 
+// Rows a stride apart, from `first` on, as one group of copies.
+template <int kThreads, class Tile>
+DEVICE void load_rows(const Tile& tile, const u16* first, i64 stride, int valid_rows, int cols) {
+  load_tile<kThreads>(tile, [&](int row) { return first + row * stride; }, valid_rows, cols);
+  cp_async_commit();
+}
+
 // The tile's first valid_rows rows and `cols` columns to global memory.
 template <int kThreads, class Tile, class RowPointer>
 DEVICE void store_tile(const Tile& tile, const RowPointer& row_pointer, int valid_rows, int cols) {
