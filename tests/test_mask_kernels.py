@@ -309,7 +309,24 @@ NON_FINITE = {
 def test_non_finite_reaches_only_what_sees_it(
     capability: int, where: tuple[str, tuple[int, ...], float]
 ) -> None:
-    case = replace(CASE, seqlen_q=77, seqlen_k=150)
+    check_scattered_non_finite(capability, replace(CASE, seqlen_q=77, seqlen_k=150), where)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("where", NON_FINITE.values(), ids=NON_FINITE)
+@pytest.mark.parametrize("head_dims", [(40, 136), (128, 64), (192, 128)], ids=str)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_non_finite_at_other_head_sizes(
+    capability: int, head_dims: tuple[int, int], where: tuple[str, tuple[int, ...], float]
+) -> None:
+    head_dim, head_dim_v = head_dims
+    case = replace(CASE, seqlen_q=77, seqlen_k=150, head_dim=head_dim, head_dim_v=head_dim_v)
+    check_scattered_non_finite(capability, case, where)
+
+
+def check_scattered_non_finite(
+    capability: int, case: Case, where: tuple[str, tuple[int, ...], float]
+) -> None:
     mask = masks.dense(np.random.default_rng(2).random((1, 2, 77, 150)) < 0.3)
     check_non_finite(emulated(capability=capability), case, where, mask=mask)
 

@@ -31,6 +31,7 @@ SHAPES = [
     for axes in itertools.product((False, True), repeat=4)
 ]
 ARCHITECTURES = (80, 90)
+HEAD_DIMS = [(32, 32), (64, 64), (96, 96), (128, 128), (40, 136), (192, 128), (256, 256)]
 
 
 # ------------------------------------------------------------------------- gradients of terms
@@ -92,6 +93,22 @@ def together(case: Case) -> dict[str, Any]:
 @pytest.mark.parametrize("capability", [80, pytest.param(90, marks=pytest.mark.full)])
 def test_everything_together(capability: int) -> None:
     check(emulated(capability=capability), CASE, **together(CASE))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", [80, 86, 90])
+@pytest.mark.parametrize(
+    "head_dims",
+    [(32, 32), (64, 64), (96, 96), (128, 128), (40, 136), (192, 128), (256, 256)],
+    ids=str,
+)
+def test_everything_together_at_every_head_size(
+    capability: int, head_dims: tuple[int, int]
+) -> None:
+    """With groups of three, which do not divide the tiles, and in any order."""
+    sizes = dict(zip(("head_dim", "head_dim_v"), head_dims, strict=True))
+    case = replace(CASE, heads_q=6, deterministic=head_dims != (64, 64), **sizes)
+    check(emulated(capability=capability, schedule="random"), case, **together(case))
 
 
 def test_all_but_what_multiplies_the_code_together() -> None:
