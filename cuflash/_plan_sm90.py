@@ -53,7 +53,7 @@ def backward_plan(traits: Traits, deterministic: bool) -> BackwardPlan:
     """As many keys and queries as leave the accumulators in registers."""
     head_dim, head_dim_v = (_padded_to_64(x) for x in (traits.head_dim, traits.head_dim_v))
     wide = max(head_dim, head_dim_v) > _MAX_ROWS_DIM
-    few_registers = max(head_dim, head_dim_v) > 64 or traits.extras.by_pair
+    few_registers = max(head_dim, head_dim_v) > 64 or traits.softcap or traits.extras.by_pair
     block_q, block_kv = (64 if few_registers else 128), (64 if wide else 128)
     shared = {
         **traits.parameter_constants(),
