@@ -66,7 +66,7 @@ def differentiate(parts: list[GradientSums]) -> None:
 
     def cost(task: tuple[GradientSums, list[Item], int]) -> int:
         sums, family, _ = task
-        return sum(item.pairs(item.row_tiles()) for item in family) // sums.splits
+        return sum(sum(item.pairs(item.row_tiles())) for item in family) // sums.splits
 
     for function, some in (
         (load, loads),
@@ -180,10 +180,10 @@ class _RowBlock:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Kept probabilities, the gradient of the scores, and their slope by scale q kᵀ."""
         shape = (*self.query.shape[:2], tile.key.shape[1])
-        has_ones, slope = work.mask is None, None
+        slope = None
         if work.softcap or work.problem.score_mod is not None:
             slope = work.scratch.array("slope", shape)
-        if has_ones and slope is None:
+        if slope is None:
             scores = _terms.scores(tile, self.query, tile.key)
         else:
             key = self.without_ones(tile.key)
@@ -191,11 +191,7 @@ class _RowBlock:
             scores += self.query[..., -1:]
         probs, taken = hide_exponentials(exp2(scores), tile.hidden), _terms.dropped(tile)
         dscores = work.scratch.array("dscores", shape)
-        if has_ones:
-            np.matmul(self.dout, transposed(tile.value), out=dscores)
-        else:
-            np.matmul(self.dout[..., :-1], transposed(tile.value), out=dscores)
-            dscores += self.dout[..., -1:]
+        np.matmul(self.dout, transposed(tile.value), out=dscores)
         drop(dscores, taken, self.dout[..., -1:])
         dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
         drop(probs, taken, 0)
@@ -204,8 +200,8 @@ class _RowBlock:
         return probs, dscores, slope
 
     def without_ones(self, key: np.ndarray) -> np.ndarray:
-        """A tile's key less the column that it may have."""
-        return key[..., : self.query.shape[-1] - 1]
+        """A tile's key less its column of 1."""
+        return key[..., :-1]
 
 
 class GradientSums:

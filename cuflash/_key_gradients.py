@@ -29,7 +29,7 @@ class KeyGradients:
                     _, other = spans.get(place, (0, span))
                     both = slice(min(span.start, other.start), max(span.stop, other.stop))
                     spans[place] = (item.heads.stop - item.heads.start, both)
-        sizes = (work.k.shape[-1], work.v.shape[-1])
+        sizes = (work.problem.head_dim, work.problem.head_dim_v)
         keys = sum(heads * (span.stop - span.start) for heads, span in spans.values())
         room = np.zeros(keys * sum(sizes), work.dtype)
         self.parts: dict[tuple[int, int], dict[int, _Part]] = {}

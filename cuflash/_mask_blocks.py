@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from cuflash._problem import Problem
 NOTHING, SOME, ALL = 0, 1, 2  # of a block is visible
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockMask:
     """A call's mask and window in one, and what they leave of each block; lengths aside."""
 
@@ -63,6 +63,13 @@ class BlockMask:
         """Whether the query heads that read a key head have the same mask."""
         return self.states.shape[2] == 1
 
+    @property
+    def spans_of_row(self) -> float:
+        """In how many spans, on average, lie the blocks of keys that a block of rows sees."""
+        seen = self.states != NOTHING
+        starts = np.count_nonzero(seen[..., 0]) + np.count_nonzero(seen[..., 1:] > seen[..., :-1])
+        return starts / max(1, np.count_nonzero(seen.any(axis=-1)))
+
     # A batch entry, a key head and a query head of its group say which heads share a mask.
 
     def states_of(self, batch: int, head: int, member: int, rows: slice) -> np.ndarray:
@@ -87,10 +94,16 @@ class BlockMask:
         self.kept_tiles[key] = [slice(*pair) for pair in pairwise(edges)]
         return self.kept_tiles[key]
 
-    def keys_seen(self, batch: int, head: int, member: int, rows: slice) -> int:
-        """About how many keys a tile of rows sees."""
-        seen = np.count_nonzero(self.states_of(batch, head, member, rows))
-        return int(seen) * self.grid.block[1]
+    @cached_property
+    def blocks_seen(self) -> np.ndarray:
+        """How many blocks of keys a block of rows sees: (B or 1, Hk or 1, group or 1, of rows)."""
+        return np.count_nonzero(self.states, axis=-1)
+
+    def keys_seen(self, batch: int, head: int, member: int, row_tiles: list[slice]) -> list[int]:
+        """About how many keys each of some tiles of rows sees."""
+        row_size, size = self.grid.block
+        seen = (self.blocks_seen[self.place(batch, head, member)] * size).tolist()
+        return [seen[rows.start // row_size] for rows in row_tiles]
 
     def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> tuple[int, int]:
         """Where the blocks of keys start and end that some tiles of rows see."""

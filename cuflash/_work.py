@@ -21,6 +21,7 @@ import numpy as np
 from cuflash._arrays import LOG2_E, Hidden, Scratch, in_units_of_log2, packed
 from cuflash._mask_blocks import ALL, NOTHING, Area, BlockMask
 from cuflash._problem import Problem
+from cuflash._threads import for_each
 from cuflash._tiles import Band, blocks, visible_tiles
 
 # Rows and keys of a tile: scores that a core's L2 cache holds, a MiB of float32, in few steps of
@@ -32,7 +33,10 @@ TILE_OF_BAND = (256, 512)
 MASK_BLOCK = (128, 128)
 
 # Runs of blocks whose elements are kept, in pieces of 64 KiB at most.
-KEPT_RUNS = 64
+KEPT_RUNS = 128
+
+# Spans of keys that rows see, on average, from which on copying these from a copy of k is faster.
+SPANS_WORTH_A_COPY = 1.5
 
 # Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
 MANY_TASKS = 16
@@ -78,9 +82,14 @@ class Work:
         else:
             self.mask = BlockMask.of(problem, MASK_BLOCK)
             self.kept_runs: dict[tuple[int, ...], list[Run]] = {}
-            # Each tile of rows reads keys of its own choice: they are converted once, before.
-            self.k, self.v = (x.astype(self.dtype, copy=False) for x in (self.k, self.v))
             self._cut_by_mask(splits_rows)
+            # Each tile of rows reads keys of its own choice: they are converted once, before.
+            if not splits_rows:
+                self.k, self.v = (_whole_heads(x, self.dtype, columns=1) for x in (self.k, self.v))
+            elif self.mask.spans_of_row > SPANS_WORTH_A_COPY:
+                self.k, self.v = (_whole_heads(x, self.dtype) for x in (self.k, self.v))
+            else:
+                self.k, self.v = (x.astype(self.dtype, copy=False) for x in (self.k, self.v))
 
     def _cut(self, splits_rows: bool) -> None:
         """Choose the sizes of tiles and tasks."""
@@ -105,28 +114,41 @@ class Work:
         problem, mask, size = self.problem, self.mask, math.prod(TILE)
         rows, keys = MASK_BLOCK
         self.members = min(self.group, size // (rows * keys)) if mask.shares_group else 1
-        # In blocks; a few keys above the size of a tile are no reason for another one.
-        tile_keys = max(1, min(TILE[1], size // (self.members * rows)) // keys)
-        self.most_keys = tile_keys + tile_keys // 4
         self.most_rows = max(1, TILE[0] // (self.members * rows))
         self.tile_heads = 1
         items = problem.batch * problem.heads_k * math.ceil(self.group / self.members)
         tiles = sum(len(item.row_tiles()) for item in self.items() if not any(item.start[1:]))
+        mean_rows = self.members * problem.batch * problem.seqlen_q / max(1, tiles)
         if mask.shares_heads:
-            mean_rows = problem.batch * problem.seqlen_q / max(1, tiles)
-            tile_size = self.members * mean_rows * tile_keys * keys
+            most = int(size / (mean_rows * min(TILE[1], problem.seqlen_k)))
             tasks = items * tiles // max(1, problem.batch) if splits_rows else items
-            self.tile_heads = max(1, min(int(size / tile_size), tasks // self.many_tasks))
-            self.most_rows = min(
-                self.most_rows,
-                max(1, size // (self.tile_heads * self.members * rows * tile_keys * keys)),
-            )
+            self.tile_heads = max(1, min(most, tasks // self.many_tasks))
+            if not splits_rows:
+                self.tile_heads = self._heads_without_overlap(min(most, problem.heads_k), items)
+        # In blocks; a few keys above the size of a tile are no reason for another one.
+        tile_keys = max(1, int(size / (self.tile_heads * mean_rows)) // keys)
+        self.most_keys = tile_keys + tile_keys // 4
+        heads = self.tile_heads * self.members
+        self.most_rows = min(self.most_rows, max(1, size // (heads * rows * tile_keys * keys)))
         tasks_of_item = math.ceil(self.many_tasks * self.tile_heads / max(1, items))
         self.tiles_of_task = max(1, tiles // max(1, problem.batch) // tasks_of_item)
-        rows = self.tile_heads * self.members * min(problem.seqlen_q, self.most_rows * rows)
+        rows = heads * min(problem.seqlen_q, self.most_rows * rows)
         keys = min(problem.seqlen_k, self.most_keys * keys)
         self.scratch = Scratch(rows * keys, self.dtype)
         self.ones = np.ones(keys, self.dtype)
+
+    def _heads_without_overlap(self, most: int, items: int) -> int:
+        """How many heads to a tile, `most` at most, where tasks are spans of rows.
+
+        The more heads, the more spans, each with a dk and dv of its own for the keys that it sees.
+        """
+        first = Item(self, 0, slice(0, 1), slice(0, self.members))
+        for heads in range(most, 1, -1):
+            splits = math.ceil(self.many_tasks * heads / items)
+            spans = map(first.span_of_keys, first.split_rows(splits))
+            if sum(span.stop - span.start for span in spans) <= 2 * self.problem.seqlen_k:
+                return heads
+        return 1
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
@@ -189,7 +211,7 @@ class Run(NamedTuple):
 class Tile:
     """Some rows of an item and keys that they see, which need not lie side by side.
 
-    Without a mask the backward's key and value have a column of 1 at the end.
+    The backward's key and value have a column of 1 at the end.
     """
 
     item: Item
@@ -283,20 +305,21 @@ class Item:
             return list(blocks(slice(0, rows), work.tile_rows))
         return work.mask.row_tiles(*self.start, rows, work.most_rows)
 
-    def pairs(self, row_tiles: list[slice]) -> int:
-        """About how many pairs of rows and keys these tiles of rows compute."""
+    def pairs(self, row_tiles: list[slice]) -> list[int]:
+        """About how many pairs of rows and keys each of these tiles of rows computes."""
         heads = (self.heads.stop - self.heads.start) * self.group
-        mask, pairs = self.work.mask, 0
-        for rows in row_tiles:
-            keys = self.band.keys_of(rows)
-            seen = keys.stop - keys.start if mask is None else mask.keys_seen(*self.start, rows)
-            pairs += (rows.stop - rows.start) * max(0, seen)
-        return heads * pairs
+        if self.work.mask is None:
+            keys = map(self.band.keys_of, row_tiles)
+            seen = [max(0, some.stop - some.start) for some in keys]
+        else:
+            seen = self.work.mask.keys_seen(*self.start, row_tiles)
+        sizes = (rows.stop - rows.start for rows in row_tiles)
+        return [heads * rows * keys for rows, keys in zip(sizes, seen, strict=True)]
 
     def split_rows(self, count: int) -> list[list[slice]]:
         """The tiles of rows in `count` spans that compute about the same number of pairs."""
         tiles = self.row_tiles()
-        pairs = np.cumsum([0, *(1 + self.pairs([rows]) for rows in tiles)])
+        pairs = np.cumsum([0, *(1 + some for some in self.pairs(tiles))])
         edges = np.searchsorted(pairs, pairs[-1] * np.arange(count + 1) // count)
         return [tiles[start:stop] for start, stop in pairwise(edges.tolist())]
 
@@ -369,12 +392,11 @@ class Item:
     def _evaluate(self, rows: slice, keys: slice) -> Iterator[Run]:
         mask, size, width = self.work.mask, MASK_BLOCK[1], keys.stop - keys.start
         visible = mask.visible(Area(mask.grid, *self.index, rows, keys))
-        seen_by_some = visible.any(axis=(0, 1, 2))
-        if width > size and not seen_by_some.all():
+        stretches = [slice(0, width)] if visible.any() else []
+        if width > size:
+            seen_by_some = visible.any(axis=(0, 1, 2))
             blocks_seen = np.logical_or.reduceat(seen_by_some, range(0, width, size))
             stretches = [columns for seen, columns in _stretches(blocks_seen, width) if seen]
-        else:
-            stretches = [slice(0, width)] if seen_by_some.any() else []
         for columns in stretches:
             hidden = ~visible[..., columns]
             some = slice(keys.start + columns.start, keys.start + columns.stop)
@@ -428,3 +450,16 @@ def _gathered(
         gathered[:, start:stop] = x[:, span]
         start = stop
     return gathered
+
+
+def _whole_heads(x: np.ndarray, dtype: np.dtype, columns: int = 0) -> np.ndarray:
+    """(B, Hk, 1, Sk, size) to (B, Hk, 1, Sk, size + columns), columns of 1: keys side by side."""
+    shape = (*x.shape[:-1], x.shape[-1] + columns)
+    whole = np.empty(shape, dtype)
+    whole[..., x.shape[-1] :] = 1
+
+    def copy(head: tuple[int, int]) -> None:
+        whole[head][..., : x.shape[-1]] = x[head]
+
+    for_each(copy, np.ndindex(shape[:2]))
+    return whole

@@ -53,7 +53,7 @@ def attend(parts: list[tuple[Work, np.ndarray, np.ndarray]]) -> None:
             _attend(*task)
 
     # What takes longest comes first: in a causal problem the last rows.
-    for_each(run, sorted(tasks, key=lambda task: (-task[0].pairs(task[1]), -task[1][0].start)))
+    for_each(run, sorted(tasks, key=lambda task: (-sum(task[0].pairs(task[1])), -task[1][0].start)))
 
 
 def backward(gradient: GradientProblem) -> Gradients:

@@ -277,7 +277,7 @@ def test_long_sequences_make_many_tasks_and_short_ones_few(
 
     def note(function: Any, tasks: Any) -> None:
         tasks = list(tasks)
-        sizes.append([item.pairs(rows) for item, rows, *_ in tasks])
+        sizes.append([sum(item.pairs(rows)) for item, rows, *_ in tasks])
         for task in tasks:
             function(task)
 
