@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
+from typing import ClassVar
 
 import cupy
 import numpy as np
@@ -22,6 +25,8 @@ _SWIZZLES = {64: 2, 128: 3}
 
 class Gpu:
     """A CUDA device, on CuPy's current stream."""
+
+    noted: ClassVar[list[_traits.Kernel] | None] = None  # within a dry run
 
     def __init__(self, device_id: int) -> None:
         properties = runtime.getDeviceProperties(device_id)
@@ -55,6 +60,9 @@ class Gpu:
 
     def run(self, kernel: _traits.Kernel, blocks: int, params: bytes) -> None:
         """Launch on the current stream. The driver copies the parameters before it returns."""
+        if self.noted is not None:
+            self.noted.append(kernel)
+            return
         function = _jit.load(kernel, self._device_id).function_pointer
         block = ctypes.create_string_buffer(params, len(params))
         pointers = ctypes.c_void_p(ctypes.addressof(block))
@@ -72,6 +80,19 @@ class Gpu:
             ctypes.addressof(pointers),
             0,
         )
+
+
+@contextmanager
+def dry_run() -> Iterator[list[_traits.Kernel]]:
+    """Launches within, on any GPU, are noted and not done: what they would have written is not.
+
+    That goes for the tables of a compiled mask too, which is not to be used afterwards.
+    """
+    Gpu.noted = kernels = []
+    try:
+        yield kernels
+    finally:
+        Gpu.noted = None
 
 
 @cache

@@ -11,7 +11,18 @@ from cuflash import _jit, _plan, reference
 from cuflash.__main__ import main
 from cuflash._checks import BFLOAT16, FLOAT64
 from cuflash._traits import Kernel
-from cuflash.cli import bench, check, compile, contenders, extras, oracle, suites, tables, timing
+from cuflash.cli import (
+    ahead,
+    bench,
+    check,
+    compile,
+    contenders,
+    extras,
+    oracle,
+    suites,
+    tables,
+    timing,
+)
 from cuflash.cli.cases import Case, spread
 from cuflash.cli.cells import Cell
 
@@ -202,6 +213,29 @@ def test_compile_runs_the_planners_kernels_in_processes(cache, capsys):
     assert len(list(cache.glob("*.cubin"))) == len(set(kernels))
 
 
+def test_what_calls_will_launch_is_compiled_ahead(cache, monkeypatch):
+    pytest.importorskip("cupy", reason="compiling needs CuPy")
+    from cuflash._gpu import Gpu
+
+    (kernel,) = set(_plan.kernels_for("sm_80", "bfloat16", 32, 32, backward=False)[:1])
+    gpu = Gpu.__new__(Gpu)  # of no device: a launch in earnest would fail
+    calls = []
+
+    def call():
+        calls.append(gpu.run(kernel, 1, b""))
+
+    def fail():
+        raise ValueError("reported where it is made in earnest")
+
+    ahead.compile_ahead([call, fail, call])
+    assert calls == [None, None] and Gpu.noted is None
+    assert len(list(cache.glob("*.cubin"))) == 1
+    monkeypatch.setattr(_jit, "_compile", None)  # what is cached is not compiled again
+    ahead.compile_ahead([call])
+    with pytest.raises(AttributeError):
+        call()
+
+
 SMALL = Case(batch=1, seqlen_q=9, seqlen_k=20, head_dim=8, causal=True)
 
 
@@ -210,6 +244,7 @@ def check_on_cpu(monkeypatch):
     """Run `check` on small problems, with NumPy and the cpu backend in the GPU's place."""
     cases = [SMALL, Case(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, kv_lens=(0, 3), layout="BHSD")]
     monkeypatch.setattr(check, "require_gpu", lambda command: np)
+    monkeypatch.setattr(check, "compile_ahead", lambda calls: None)
     monkeypatch.setattr(check, "spread", lambda quick: iter(cases))
 
 

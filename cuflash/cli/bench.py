@@ -26,6 +26,7 @@ from cuflash._checks import BFLOAT16
 from cuflash._problem import Problem
 from cuflash._work import MASK_BLOCK
 from cuflash.cli import contenders, suites, tables
+from cuflash.cli.ahead import compile_ahead
 from cuflash.cli.cells import PRODUCTS, Cell, Inputs
 from cuflash.cli.contenders import COMPILED, DENSE, OURS, OWN, Factory
 from cuflash.cli.gpus import CommandError, driver_version, require_gpu
@@ -57,6 +58,9 @@ def run(options: argparse.Namespace) -> int:
     output = options.output or _default_output(options.suite, bench.machine["device"])
     _require_writable(output)
     gemm, make = bench.gemm(), bench.inputs(cells)
+    if options.suite in suites.GPU_SUITES:
+        own = {name: factory for name, factory in factories.items() if name in OWN}
+        compile_ahead(partial(_call_once, own, cell, make) for cell in cells)
     rows = []
     for cell in progress(cells, len(cells), "cell"):
         inputs = make(cell)
@@ -139,6 +143,13 @@ def _require_writable(output: Path) -> None:
         ) from error
     if not existed:
         output.unlink()
+
+
+def _call_once(factories: dict[str, Factory], cell: Cell, make: Callable[[Cell], Inputs]) -> None:
+    inputs = make(cell)
+    for factory in factories.values():
+        with suppress(ValueError):  # it cannot do the cell
+            factory(cell, inputs).call()
 
 
 def _run_cell(

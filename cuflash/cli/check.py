@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import cuflash
 from cuflash import ScoreMod
+from cuflash.cli.ahead import compile_ahead
 from cuflash.cli.cases import Arrays, Case, spread
 from cuflash.cli.gpus import require_gpu
 from cuflash.cli.oracle import expect
@@ -34,6 +36,7 @@ def run(options: argparse.Namespace) -> int:
     cupy = require_gpu("check")
     start = time.perf_counter()
     cases = list(spread(options.quick))
+    compile_ahead(partial(_run, case, cupy, case.arrays()) for case in cases)
     failed = 0
     for case in progress(cases, len(cases), "problem"):
         faults, figures = check(case, cupy, options.runs)

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     archs = list(dict.fromkeys(options.arch or _archs_here()))
     kernels = list(dict.fromkeys(k for arch in archs for k in _kernels(arch, options)))
     outcomes = []
-    for outcome in progress(_compile_all(kernels, options.jobs), len(kernels), "kernel"):
+    for outcome in progress(compile_all(kernels, options.jobs), len(kernels), "kernel"):
         say(_line(outcome))
         outcomes.append(outcome)
     failed = sum(bool(outcome.error) for outcome in outcomes)
@@ -131,8 +131,8 @@ def _kernels(arch: str, options: argparse.Namespace) -> Iterator[Kernel]:
         raise CommandError(f"compile: {error}") from error
 
 
-def _compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Outcome]:
-    """NVRTC compiles one kernel at a time within a process, so there are several processes."""
+def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Outcome]:
+    """What becomes of each; NVRTC compiles one kernel at a time in a process: there are several."""
     try:
         _jit.nvrtc_version()
     except ImportError as error:
