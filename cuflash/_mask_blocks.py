@@ -5,7 +5,8 @@ Arrays here are by key head, (B, Hk, group, rows, keys), with 1 for an axis that
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, singledispatch
 from itertools import pairwise
@@ -18,6 +19,14 @@ from cuflash import _tiles
 from cuflash._problem import Problem
 
 NOTHING, SOME, ALL = 0, 1, 2  # of a block is visible
+
+
+class TileCounts(NamedTuple):
+    """What a mask leaves of the tiles of all batch entries and query heads."""
+
+    hidden: int  # skipped
+    partial: int  # evaluated pair by pair; where only that tells, nothing of a tile may be visible
+    full: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,21 @@ class BlockMask:
         seen = self.states != NOTHING
         starts = np.count_nonzero(seen[..., 0]) + np.count_nonzero(seen[..., 1:] > seen[..., :-1])
         return starts / max(1, np.count_nonzero(seen.any(axis=-1)))
+
+    def count(self, bands: Sequence[_tiles.Band]) -> TileCounts:
+        """Of the blocks; `bands` has the valid rows and keys of each batch entry."""
+        (rows_of_block, keys_of_block), shape = self.grid.block, self.grid.shape
+        heads, members, *blocks = self.states.shape[1:]
+        repeats = shape.heads_q // (heads * members)
+        partial = full = 0
+        for batch, band in enumerate(bands):
+            states = self.states[0 if self.states.shape[0] == 1 else batch]
+            rows, keys = -(-band.rows // rows_of_block), -(-band.keys // keys_of_block)
+            states = states[..., :rows, :keys]
+            partial += repeats * int(np.count_nonzero(states == SOME))
+            full += repeats * int(np.count_nonzero(states == ALL))
+        total = shape.batch * shape.heads_q * math.prod(blocks)
+        return TileCounts(total - partial - full, partial, full)
 
     # A batch entry, a key head and a query head of its group say which heads share a mask.
 

@@ -70,7 +70,8 @@ class Mask:
         a compiled mask, for later calls, forward or backward, whose q, k and options have the same
         shapes and kinds; calls with `q_lens`, `kv_lens` or an offset per batch entry find it out
         for themselves. The mask's arrays must keep their values: compile again when they change,
-        which costs nothing but that.
+        which costs nothing but that. Compile what is joined, last: ``compiled & other`` is not
+        compiled.
 
         Parameters
         ----------
@@ -349,7 +350,9 @@ class Expression(Leaf):
 
     def evaluate(self, shape: tuple[int, ...], *place: np.ndarray) -> np.ndarray:
         """What is visible at (b, h, i, j) = place: bool, and broadcasts to `shape`."""
-        visible = evaluate("masks.expression: function", self.function, shape, place, self.named)
+        visible = evaluate(
+            "masks.expression: function", self.code, self.function, shape, place, self.named
+        )
         return visible.astype(bool, copy=False)
 
     def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:

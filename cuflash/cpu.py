@@ -9,6 +9,7 @@ Inside, scores are in units of log 2, because exp2 is twice as fast as exp.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,10 +17,11 @@ import numpy as np
 from cuflash import _terms
 from cuflash._arrays import LN_2, Hidden, drop, empty_like, exp2, hide, hide_exponentials, product
 from cuflash._cpu_backward import GradientSums, differentiate
+from cuflash._mask_blocks import BlockMask, TileCounts
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._threads import for_each
-from cuflash._tiles import blocks
-from cuflash._work import Item, Tile, Work
+from cuflash._tiles import Band, blocks
+from cuflash._work import MASK_BLOCK, Item, Tile, Work
 
 # A row's reference stays while its sum of exponentials is between 1 / LARGEST_SUM and LARGEST_SUM.
 LARGEST_SUM = 2.0**24
@@ -66,6 +68,17 @@ def backward(gradient: GradientProblem) -> Gradients:
     differentiate([sums])
     with np.errstate(all="ignore"):
         return sums.gradients()
+
+
+def explain(problem: Problem) -> tuple[tuple[int, int], TileCounts | None]:
+    """The queries and keys of a forward's tile, and with a mask how many tiles it hides."""
+    if problem.mask is None or not problem.seqlen_k:
+        work = Work(problem, splits_rows=True)
+        return (work.tile_rows, work.tile_keys), None
+    if not math.prod(problem.lse_shape):
+        return MASK_BLOCK, None
+    bands = [Band.of(problem, batch) for batch in range(problem.batch)]
+    return MASK_BLOCK, BlockMask.of(problem, MASK_BLOCK).count(bands)
 
 
 def _attend(item: Item, row_tiles: list[slice], out: np.ndarray, lse: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from cuflash._mask_blocks import TileCounts
 from cuflash._mask_tree import Mask
 from cuflash._problem import Problem
 from cuflash.attention import Array, Integers, Window
@@ -19,12 +20,17 @@ class Explanation:
     backend: str  # "cpu", "sm80" or "sm90"
     reason: str
     kernel: str  # source file in kernels_cu; empty on the CPU
-    block_q: int  # queries and keys of a tile; 0 on the CPU, which cuts tiles by size
+    block_q: int  # queries and keys of a tile, at most
     block_kv: int
+    tiles: TileCounts | None = None  # what a mask leaves of them; None without one, and on a GPU
 
     def __str__(self) -> str:
-        tiles = f", {self.kernel}, tiles of {self.block_q} x {self.block_kv}" if self.kernel else ""
-        return f"{self.backend}{tiles}: {self.reason}"
+        kernel = f", {self.kernel}" if self.kernel else ""
+        found = f"{self.backend}{kernel}, tiles of {self.block_q} x {self.block_kv}"
+        if self.tiles is not None:
+            hidden, partial, full = self.tiles
+            found += f" ({hidden} hidden, {partial} partly visible, {full} in full)"
+        return f"{found}: {self.reason}"
 
 
 def explain(
@@ -50,7 +56,9 @@ def explain(
 ) -> Explanation:
     """Which backend and kernel `attention` would use for these arguments, and why.
 
-    Nothing is computed or compiled, and the arguments are checked as `attention` checks them.
+    No attention is computed and no kernel compiled; the arguments are checked as `attention` checks
+    them. On the CPU it counts how many tiles a mask hides, shows in part and in full, of all batch
+    entries and query heads; a mask on a GPU is not read, which would be to wait for it.
 
     Parameters
     ----------
@@ -76,7 +84,10 @@ def explain(
     >>> import numpy as np, cuflash
     >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
     >>> print(cuflash.explain(q, k, v, causal=True))
-    cpu: the arrays are in the memory of the CPU
+    cpu, tiles of 3 x 3: the arrays are in the memory of the CPU
+    >>> q = k = v = np.ones((1, 512, 2, 4), np.float32)
+    >>> cuflash.explain(q, k, v, mask=cuflash.masks.causal()).tiles
+    TileCounts(hidden=12, partial=8, full=12)
     """
     return _explain("explain", locals())
 
@@ -84,9 +95,12 @@ def explain(
 def _explain(function: str, arguments: dict[str, Any]) -> Explanation:
     with receive(function, ("q", "k", "v"), arguments) as call:
         problem = call.upload(Problem.create(function, call.device, **call.arguments))
+        # As in attention.py: only calls on a GPU need CuPy, and no import a backend.
         if call.device == "cpu":
-            return Explanation("cpu", "the arrays are in the memory of the CPU", "", 0, 0)
-        # As in attention.py: only calls on a GPU need CuPy.
+            from cuflash import cpu
+
+            block, tiles = cpu.explain(problem)
+            return Explanation("cpu", "the arrays are in the memory of the CPU", "", *block, tiles)
         from cuflash import _launch
 
         plan, reason = _launch.explain(problem)

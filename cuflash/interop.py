@@ -153,7 +153,7 @@ def warn_of_lost_gradients(function: str, arguments: Mapping[str, Any], stacklev
             warnings.warn(
                 f"cuflash.{function}: {name} requires grad, which the result does not carry on; "
                 "expected a call under torch.no_grad(), or in a torch.autograd.Function, "
-                "as the README wraps attention_vjp",
+                "as the README wraps attention",
                 UserWarning,
                 stacklevel=stacklevel,
             )

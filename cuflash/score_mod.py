@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -145,7 +146,10 @@ class ScoreMod:
 
     def _call(self, name: str, score: np.ndarray, place: tuple[np.ndarray, ...]) -> np.ndarray:
         function = getattr(self, name)
-        found = evaluate(f"ScoreMod: {name}", function, score.shape, (score, *place), self.named)
+        arguments = (score, *place)
+        found = evaluate(
+            f"ScoreMod: {name}", self.forward, function, score.shape, arguments, self.named
+        )
         return np.broadcast_to(found, score.shape)
 
 
@@ -186,16 +190,31 @@ def check_function(function: str, name: str, value: Any) -> None:
 
 def evaluate(
     name: str,
+    code: str,
     function: Callable[..., Any],
     shape: tuple[int, ...],
     arguments: Sequence[np.ndarray],
     named: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """A user's function of arrays that it may not write: numbers that broadcast to `shape`."""
+    """A user's function of arrays that it may not write: numbers that broadcast to `shape`.
+
+    What goes wrong keeps its type and message; a note says in which function, and at what place.
+    """
     arguments = [x.view() for x in arguments]
     for x in arguments:
         x.flags.writeable = False
-    found = function(*arguments, **named)
+    try:
+        return _numbers(name, function(*arguments, **named), shape)
+    except Exception as error:
+        places = (f"{x} {_range(i)}" for x, i in zip("bhij", arguments[-4:], strict=True))
+        arrays = (f"{x} {array.dtype} {array.shape}" for x, array in named.items())
+        called = ", ".join([*places, *arrays])
+        _add_note(error, f"cuflash.{name}, of {reprlib.repr(code)}, was called with {called}")
+        raise
+
+
+def _numbers(name: str, found: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """What a user's function gave, as an array."""
     try:
         found = np.asarray(found)
     except ValueError:  # sequences of several lengths
@@ -213,6 +232,21 @@ def evaluate(
             "one that broadcasts to it"
         ) from None
     return found
+
+
+def _range(x: np.ndarray) -> str:
+    """The integers of one axis, as 3 or 0 to 127."""
+    if not x.size:
+        return "none"
+    return str(x.min()) if x.size == 1 else f"{x.min()} to {x.max()}"
+
+
+def _add_note(error: Exception, note: str) -> None:
+    """Let the traceback show a note."""
+    if sys.version_info >= (3, 11):
+        error.add_note(note)
+    elif error.__cause__ is None and error.__context__ is None:
+        error.__cause__ = RuntimeError(note)  # Python 3.10 shows causes and no notes
 
 
 def check_names(function: str, named: Mapping[str, Any]) -> None:

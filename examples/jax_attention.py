@@ -19,55 +19,69 @@ SHAPE = (2, 300, 4, 64)  # batch, length, heads, head size
 
 
 def attention_of(**options):
-    """cuflash.attention with these options, as a function of q, k and v that JAX differentiates."""
+    """cuflash.attention with these options, which JAX differentiates by its arguments."""
 
     @jax.custom_vjp
-    def attention(q, k, v):
-        return forward(q, k, v)[0]
+    def attention(q, k, v, bias=None, sinks=None):
+        return forward(q, k, v, bias, sinks)[0]
 
-    def forward(q, k, v):
+    def forward(q, k, v, bias, sinks):
         batch, length, heads, _ = q.shape
         out = jax.ShapeDtypeStruct((batch, length, heads, v.shape[3]), q.dtype)
         lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.promote_types(q.dtype, "float32"))
         function = partial(cuflash.attention, return_lse=True, **options)
-        out, lse = call(function, (out, lse), q, k, v)
-        return out, (q, k, v, out, lse)
+        out, lse = call(function, (out, lse), q, k, v, bias=bias, sinks=sinks)
+        return out, (q, k, v, out, lse, bias, sinks)
 
     def backward(saved, dout):
+        *arrays, bias, sinks = saved
+        like = cuflash.Gradients(*arrays[:3], bias, sinks)
         function = partial(cuflash.attention_backward, **options)
-        dq, dk, dv, *_ = call(function, cuflash.Gradients(*saved[:3]), dout, *saved)
-        return dq, dk, dv
+        return tuple(call(function, like, dout, *arrays, bias=bias, sinks=sinks))
 
     attention.defvjp(forward, backward)
     return attention
 
 
-def call(function, like, *arrays):
+def call(function, like, *arrays, **terms):
     """At once; within jit and vmap, where no arrays are yet, on the host when they have come."""
-    if not any(isinstance(x, jax.core.Tracer) for x in arrays):
-        return function(*arrays)
+    if not any(isinstance(x, jax.core.Tracer) for x in (*arrays, *terms.values())):
+        return function(*arrays, **terms)
 
-    def on_host(*arrays):
-        return function(*map(np.asarray, arrays))  # JAX must not be called from a callback
+    def on_host(*arrays, **terms):
+        # To NumPy's: JAX must not be called from a callback.
+        arrays, terms = jax.tree.map(np.asarray, (arrays, terms))
+        return function(*arrays, **terms)
 
-    return jax.pure_callback(on_host, like, *arrays, vmap_method="sequential")
+    return jax.pure_callback(on_host, like, *arrays, vmap_method="sequential", **terms)
+
+
+def jax_attention(q, k, v, bias, sinks):
+    """JAX's own, causal; a sink is to it one more key, with the sink for a bias and no value."""
+    k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (k, v))
+    heads, length, _ = bias.shape
+    bias = jnp.where(jnp.tri(length, dtype=bool), bias, -jnp.inf)
+    sinks = jnp.broadcast_to(sinks[:, None, None], (heads, length, 1))
+    return jax.nn.dot_product_attention(q, k, v, jnp.concatenate([bias, sinks], axis=2)[None])
 
 
 def main() -> None:
-    keys = jax.random.split(jax.random.key(0), 4)
-    q, k, v, weights = (jax.random.normal(key, SHAPE) for key in keys)
+    _, length, heads, _ = SHAPE
+    shapes = (SHAPE, SHAPE, SHAPE, (heads, length, length), (heads,), SHAPE)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    *inputs, weights = map(jax.random.normal, keys, shapes)
     ours = attention_of(causal=True)
-    theirs = partial(jax.nn.dot_product_attention, is_causal=True)
 
     def gradients_of(attention):
-        return jax.grad(lambda q, k, v: (weights * attention(q, k, v)).sum(), argnums=(0, 1, 2))
+        return jax.grad(lambda *inputs: (weights * attention(*inputs)).sum(), argnums=range(5))
 
-    expected = gradients_of(theirs)(q, k, v)
+    expected = gradients_of(jax_attention)(*inputs)
     print("largest difference from JAX's own")
-    print(f"  out {jnp.abs(ours(q, k, v) - theirs(q, k, v)).max():.1e}")
+    print(f"  out    {jnp.abs(ours(*inputs) - jax_attention(*inputs)).max():.1e}")
+    names = ("dq", "dk", "dv", "dbias", "dsinks")
     for how, differentiate in (("", gradients_of(ours)), (" in jit", jax.jit(gradients_of(ours)))):
-        for name, x, y in zip(("dq", "dk", "dv"), differentiate(q, k, v), expected, strict=True):
-            print(f"  {name}  {jnp.abs(x - y).max():.1e}{how}")
+        for name, x, y in zip(names, differentiate(*inputs), expected, strict=True):
+            print(f"  {name:<6} {jnp.abs(x - y).max():.1e}{how}")
 
 
 if __name__ == "__main__":

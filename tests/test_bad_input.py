@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -370,14 +372,51 @@ def test_functions_that_write_to_the_indices(argument: int) -> None:
         attend(None, score_mod=cuflash.ScoreMod("score", numpy_forward=write))
 
 
-def test_the_error_of_a_users_function_is_left_as_it_is() -> None:
-    def fail(*arguments: np.ndarray) -> np.ndarray:
-        raise LookupError("mine")
+def fail(*arguments: np.ndarray, **named: np.ndarray) -> np.ndarray:
+    raise LookupError("mine")
 
-    with pytest.raises(LookupError, match="^'mine'$|^mine$"):
-        attend(masks.expression("true", fail))
-    with pytest.raises(LookupError, match="^'mine'$|^mine$"):
-        attend(None, score_mod=cuflash.ScoreMod("score", numpy_forward=fail))
+
+RAISING = {
+    "masks.expression: function, of 'w(i)',": {
+        "mask": masks.causal() & masks.expression("w(i)", fail, w=np.ones(3, np.int32))
+    },
+    "ScoreMod: numpy_forward, of 'score * w(i)',": {
+        "score_mod": cuflash.ScoreMod(
+            "score * w(i)", numpy_forward=fail, named={"w": np.ones(3, np.int32)}
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", RAISING)
+def test_the_error_of_a_users_function_is_its_own_and_says_where(name: str) -> None:
+    with pytest.raises(LookupError) as caught:
+        cuflash.attention(**tensors(), **RAISING[name])
+    assert str(caught.value) == "mine" and caught.value.args == ("mine",)
+    called = (
+        r"was called with b [01]( to 1)?, h [01]( to 1)?, i 0( to 4)?, j 0( to 6)?, w int32 \(3,\)"
+    )
+    printed = "".join(traceback.format_exception(caught.value))
+    assert re.search(f"^.*cuflash.{re.escape(name)} {called}$", printed, re.MULTILINE)
+    assert "in fail" in printed  # the line of the user's
+
+
+def test_the_derivative_of_a_score_function_says_that_it_is_the_one() -> None:
+    function = cuflash.ScoreMod("score", "1.f", lambda score, *place: score, fail)
+    out, pullback = cuflash.attention_vjp(**tensors(), score_mod=function)
+    with pytest.raises(LookupError) as caught:
+        pullback(out)
+    printed = "".join(traceback.format_exception(caught.value))
+    assert "cuflash.ScoreMod: numpy_backward, of 'score', was called with b " in printed
+
+
+def test_what_interrupts_a_users_function_has_no_note() -> None:
+    def interrupt(*arguments: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        attend(masks.expression("true", interrupt))
+    assert "was called with" not in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("name", ["numpy_forward", "numpy_backward"])

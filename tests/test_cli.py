@@ -1,6 +1,7 @@
 """python -m cuflash info, compile, check and bench; none of these tests needs a GPU."""
 
 import json
+import re
 import types
 
 import numpy as np
@@ -94,6 +95,15 @@ def test_without_a_gpu_a_command_says_what_it_needs(gpus, capsys, command):
         "--arch sm_80 sm_90" if command == ["compile"] else "needs an NVIDIA GPU of sm_80 or newer"
     )
     assert need in printed.err
+    assert ("--suite cpu-masks need none" in printed.err) == (command[0] == "bench")
+
+
+def test_bench_help_has_a_line_on_every_suite(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    printed = capsys.readouterr().out
+    (names,) = re.search(r"--suite \{(.*?)\}", printed).groups()
+    assert re.findall(r"^  ([a-z][a-z-]+) +\w", printed, re.MULTILINE) == names.split(",")
 
 
 def test_without_cupy_the_need_is_cupy(monkeypatch, capsys):

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cuflash
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 ALPHABET, CONTEXT = 11, 6
 
@@ -44,7 +46,7 @@ def test_the_readme_example_runs():
 def test_the_readme_has_one_test_command():
     readme = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     lines = [
-        line for line in readme.splitlines() if re.match(r"python3 -m venv .*-m pytest$", line)
+        line for line in readme.splitlines() if re.match(r"python3 -m venv .*-m pytest\b", line)
     ]
     assert len(lines) == 1
 
@@ -67,8 +69,8 @@ def test_gradients_are_those_of_the_library_itself(example, capsys, library):
     pytest.importorskip(library)
     example(f"{library}_attention").main()
     printed = capsys.readouterr().out
-    errors = re.findall(r"(out|dq|dk|dv) +(\S+e\S+)", printed)
-    assert {name for name, _ in errors} == {"out", "dq", "dk", "dv"}
+    errors = re.findall(r"(\w+) +(\d\S+e\S+)", printed)
+    assert {name for name, _ in errors} == {"out", "dq", "dk", "dv", "dbias", "dsinks"}
     assert all(float(error) <= 2e-5 for _, error in errors), printed
 
 
@@ -88,6 +90,49 @@ def test_a_second_derivative_of_the_torch_example_is_refused(example):
     (gradient,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("given", [("bias",), ("sinks",), ()], ids=["bias", "sinks", "neither"])
+def test_the_torch_example_without_bias_or_sinks(example, given):
+    torch = pytest.importorskip("torch")
+    q, k, v, dout = torch.randn((4, 2, 5, 4, 8), generator=torch.Generator().manual_seed(0))
+    terms = {"bias": torch.ones(4, 5, 5), "sinks": torch.ones(4)}
+    terms = {name: terms[name].requires_grad_() for name in given}
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = example("torch_attention").attention(*inputs, **terms, causal=True)
+    found = torch.autograd.grad(out, [*inputs, *terms.values()], dout)
+    with torch.no_grad():
+        _, pullback = cuflash.attention_vjp(q, k, v, **terms, causal=True)
+    expected = [x for x in pullback(dout) if x is not None]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("given", [("bias",), ("sinks",), ()], ids=["bias", "sinks", "neither"])
+@pytest.mark.parametrize("jit", [False, True], ids=["at once", "jit"])
+def test_the_jax_example_without_bias_or_sinks(example, given, jit):
+    jax = pytest.importorskip("jax")
+    q, k, v, dout = jax.random.normal(jax.random.key(0), (4, 2, 5, 4, 8))
+    terms = {"bias": jax.numpy.ones((4, 5, 5)), "sinks": jax.numpy.ones(4)}
+    terms = {name: terms[name] for name in given}
+    attention = example("jax_attention").attention_of(causal=True)
+    gradient = jax.grad(lambda inputs, terms: (dout * attention(*inputs, **terms)).sum(), (0, 1))
+    gradient = jax.jit(gradient) if jit else gradient
+    of_inputs, of_terms = gradient((q, k, v), terms)
+    _, pullback = cuflash.attention_vjp(q, k, v, **terms, causal=True)
+    expected = [x for x in pullback(dout) if x is not None]
+    for x, y in zip([*of_inputs, *of_terms.values()], expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_bias_that_vmap_shares_gets_the_sum_of_the_gradients(example):
+    jax = pytest.importorskip("jax")
+    x = jax.random.normal(jax.random.key(0), (2, 1, 5, 2, 4))
+    bias = jax.random.normal(jax.random.key(1), (5, 5))
+    attention = example("jax_attention").attention_of()
+    mapped = jax.vmap(lambda x, bias: (x * attention(x, x, x, bias)).sum(), in_axes=(0, None))
+    found = jax.grad(lambda bias: mapped(x, bias).sum())(bias)
+    gradient = jax.grad(lambda bias, x: (x * attention(x, x, x, bias)).sum())
+    np.testing.assert_allclose(found, gradient(bias, x[0]) + gradient(bias, x[1]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", ["vmap", "jit of vmap"])

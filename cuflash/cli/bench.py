@@ -39,9 +39,19 @@ CHECKOUT = Path(cuflash.__file__).resolve().parent.parent
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
-    parser = commands.add_parser("bench", help="speed beside the peers that are installed")
+    parser = commands.add_parser(
+        "bench",
+        help="speed beside the peers that are installed",
+        description=f"speed beside the peers that are installed\n\nsuites:\n{_suites()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--suite", choices=(*suites.GPU_SUITES, *suites.CPU_SUITES), default="forward")
+    add(
+        "--suite",
+        choices=(*suites.GPU_SUITES, *suites.CPU_SUITES),
+        default="forward",
+        help="see above (default: forward)",
+    )
     add("--quick", action="store_true", help="a few cells of the grid")
     add("--peers", nargs="*", help="only these, by the names of the table's columns")
     add("--seconds", type=_seconds, default=0.5, help="for each contender in each cell")
@@ -87,7 +97,7 @@ class Bench(NamedTuple):
 
 
 def _on_gpu(suite: str) -> Bench:
-    cupy = require_gpu("bench")
+    cupy = require_gpu("bench", "--suite cpu and --suite cpu-masks need none")
     masked = suite in suites.MASK_SUITES
     of_suite = contenders.gpu_mask_contenders if masked else contenders.gpu_contenders
     return Bench(
@@ -109,6 +119,12 @@ def _on_cpu(suite: str) -> Bench:
         inputs=lambda cells: _cpu_inputs,
         tiles=lambda cell, inputs: dict.fromkeys(PRODUCTS, Tile(*MASK_BLOCK)),
     )
+
+
+def _suites() -> str:
+    """A line each."""
+    lines = {**suites.GPU_SUITES, **suites.CPU_SUITES}.items()
+    return "\n".join(f"  {name:<10} {what}" for name, what in lines)
 
 
 def _seconds(text: str) -> float:

@@ -41,13 +41,13 @@ def find_gpus() -> tuple[list[Gpu], str]:
     return gpus, "" if gpus else "the driver shows no GPU"
 
 
-def require_gpu(command: str) -> Any:
-    """CuPy, once there is a GPU for `command`."""
+def require_gpu(command: str, instead: str = "") -> Any:
+    """CuPy, once there is a GPU for `command`; `instead`: what does without one."""
     gpus, reason = find_gpus()
     if not gpus:
         raise CommandError(
             f"{command} needs an NVIDIA GPU of sm_80 or newer, its driver and CuPy "
-            f'(pip install "cuflash[cuda13]"); here: {reason}'
+            f'(pip install "cuflash[cuda13]"); here: {reason}' + (instead and f"; {instead}")
         )
     return _jit.import_cupy()
 

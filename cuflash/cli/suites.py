@@ -7,8 +7,15 @@ from collections.abc import Iterator
 from cuflash.cli.cells import Cell
 from cuflash.cli.rules import Documents, PrefixLm, RandomBlocks, RandomPairs, Rule, Window
 
-GPU_SUITES = ("forward", "backward", "masks")
-CPU_SUITES = ("cpu", "cpu-masks")
+GPU_SUITES = {
+    "forward": "forward on a GPU: bfloat16, head sizes 64 to 256, lengths 1024 to 16384",
+    "backward": "the gradients alone, over the same grid",
+    "masks": "masks and biases on a GPU, beside flex attention and the time without a mask",
+}
+CPU_SUITES = {
+    "cpu": "forward and gradients on the CPU, float32; needs no GPU",
+    "cpu-masks": "documents, a window and random blocks on the CPU; needs no GPU",
+}
 MASK_SUITES = ("masks", "cpu-masks")
 
 TOKENS, WIDTH = 16384, 2048  # B * S and H * D of a cell of forward and backward
