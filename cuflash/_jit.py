@@ -48,6 +48,8 @@ class Resources:
     stack_bytes: int
     spill_bytes: int  # stores plus loads
     static_smem_bytes: int
+    # ptxas: wgmma serialised, or setmaxnreg ignored; C7517 and C7519 only tell of inserted waits.
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Cubin:
             stack_bytes=max(numbers(r"(\d+) bytes stack frame"), default=0),
             spill_bytes=sum(numbers(r"(\d+) bytes spill (?:stores|loads)")),
             static_smem_bytes=max(numbers(r"(\d+) bytes smem"), default=0),
+            notes=tuple(dict.fromkeys(re.findall(r"C75(?:08|1[0-6]|18|20)", self.log))),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cuflash import _params
 from cuflash._traits import (
@@ -27,17 +27,46 @@ _BUSY_WARPS = 8
 
 
 def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
+    """With the tiles that are chosen for these traits and this GPU."""
+    return forward_plan_of(forward_tiles(traits, capability), traits, capability)
+
+
+def backward_plan(traits: Traits, capability: int, deterministic: bool) -> BackwardPlan:
+    """As `forward_plan`."""
+    tiles = backward_tiles(traits, capability)
+    return backward_plan_of(tiles, traits, capability, deterministic)
+
+
+def forward_tiles(traits: Traits, capability: int) -> ForwardTiles:
     """The first tiles of the preferred ones that keep the GPU busy, else the first that fit."""
-    arch = arch_of(capability)
-    candidates = _FORWARD_TILES_BY_PAIR if traits.extras.by_pair else _FORWARD_TILES
+    candidates = _FORWARD_BY_PAIR if traits.extras.by_pair else _FORWARD
     candidates = (_FEW_ROWS,) if traits.few_rows else candidates
+    head_dim = max(traits.head_dim, traits.head_dim_v)
     fitting = [
         tiles
-        for tiles in candidates
-        if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
+        for max_head_dim, tiles in candidates
+        if head_dim <= max_head_dim and tiles.smem_bytes(traits) <= smem_limit(capability)
     ]
     busy = [tiles for tiles in fitting if tiles.warps_per_sm(traits, capability) >= _BUSY_WARPS]
-    tiles = (busy or fitting)[0]
+    return (busy or fitting)[0]
+
+
+def backward_tiles(traits: Traits, capability: int) -> BackwardTiles:
+    """The first of the preferred ones that fit and leave the accumulators in registers."""
+    by_pair = traits.extras.by_pair
+    most = _MAX_ACCUMULATORS_BY_PAIR if by_pair else _MAX_BACKWARD_ACCUMULATORS
+    candidates = (_with_query_warps(tiles, traits.head_dim) for tiles in _BACKWARD)
+    return next(
+        tiles
+        for tiles in candidates
+        if tiles.accumulators(traits) <= most
+        and 16 * tiles.query_warps <= tiles.block_q
+        and tiles.smem_bytes(traits) <= smem_limit(capability)
+    )
+
+
+def forward_plan_of(tiles: ForwardTiles, traits: Traits, capability: int) -> ForwardPlan:
+    """With these tiles, which fit."""
     smem_bytes = tiles.smem_bytes(traits)
     constants = {
         **traits.constants(),
@@ -47,20 +76,18 @@ def forward_plan(traits: Traits, capability: int) -> ForwardPlan:
         "SMEM_BYTES": smem_bytes,
         "PARAMS_BYTES": traits.params_bytes(_params.FORWARD_BYTES),
     }
+    arch = arch_of(capability)
     kernel = kernel_of(
         "flash_fwd_sm80.cu", "flash_fwd", arch, constants, tiles.warps, smem_bytes, traits
     )
     return ForwardPlan("sm80", kernel, Tiling(tiles.block_q, tiles.block_kv, traits.pack_group))
 
 
-def backward_plan(traits: Traits, capability: int, deterministic: bool) -> BackwardPlan:
-    """As `forward_plan`; the tiles must also leave the accumulators in registers."""
+def backward_plan_of(
+    tiles: BackwardTiles, traits: Traits, capability: int, deterministic: bool
+) -> BackwardPlan:
+    """As `forward_plan_of`."""
     arch = arch_of(capability)
-    tiles = next(
-        tiles
-        for tiles in _BACKWARD_TILES
-        if tiles.serves(traits) and tiles.smem_bytes(traits) <= smem_limit(capability)
-    )
     shared = {
         **traits.parameter_constants(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
@@ -70,7 +97,7 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
         "PACK_GROUP": int(traits.pack_group),
         "BLOCK_Q": tiles.block_q,
         "WARPS": tiles.warps,
-        "QUERY_WARPS": tiles.query_warps(traits.head_dim),
+        "QUERY_WARPS": tiles.query_warps,
         "PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_BYTES),
     }
     smem_bytes = tiles.smem_bytes(traits)
@@ -98,15 +125,20 @@ def backward_plan(traits: Traits, capability: int, deterministic: bool) -> Backw
     )
 
 
+def _with_query_warps(tiles: BackwardTiles, head_dim: int) -> BackwardTiles:
+    """Two where every warp then has a multiple of 16 columns of dq, and registers for them."""
+    few_columns = head_dim <= _MAX_HEAD_DIM_OF_TWO_QUERY_WARPS or tiles.block_q < 64
+    columns_divide = head_dim % (16 * tiles.warps // 2) == 0
+    return replace(tiles, query_warps=2 if few_columns and columns_divide else 4)
+
+
 @dataclass(frozen=True, slots=True)
-class _ForwardTiles:
+class ForwardTiles:
+    """What may be chosen of the forward kernel."""
+
     block_q: int
     block_kv: int
     warps: int
-    max_head_dim: int
-
-    def serves(self, traits: Traits) -> bool:
-        return max(traits.head_dim, traits.head_dim_v) <= self.max_head_dim
 
     def smem_bytes(self, traits: Traits) -> int:
         """q, k and v, as flash_fwd_sm80.cu lays them out; the output takes q's place."""
@@ -121,30 +153,21 @@ class _ForwardTiles:
 
 
 @dataclass(frozen=True, slots=True)
-class _BackwardTiles:
+class BackwardTiles:
+    """What may be chosen of the backward kernel."""
+
     block_q: int
     block_kv: int
     warps: int
-    stages: int
-    score_warps: int  # that divide the rows of s, the keys of dk and dv, the rows of dq
-    key_warps: int
+    stages: int  # of q and dout
+    score_warps: int  # that divide the rows of s,
+    key_warps: int  # the keys of dk and dv,
+    query_warps: int = 2  # and the rows of dq
 
-    def query_warps(self, head_dim: int) -> int:
-        """Two where every warp then has a multiple of 16 columns of dq, and registers for them."""
-        few_columns = head_dim <= _MAX_HEAD_DIM_OF_TWO_QUERY_WARPS or self.block_q < 64
-        return 2 if few_columns and self._columns_divide(head_dim) else 4
-
-    def serves(self, traits: Traits) -> bool:
-        threads = 32 * self.warps
+    def accumulators(self, traits: Traits) -> int:
+        """Of a thread: dk and dv, s and dp."""
         both = traits.head_dim + traits.head_dim_v
-        accumulators = self.block_kv * (both + 2 * self.block_q) // threads
-        by_pair = traits.extras.by_pair
-        most = _MAX_ACCUMULATORS_BY_PAIR if by_pair else _MAX_BACKWARD_ACCUMULATORS
-        query_rows = 16 * self.query_warps(traits.head_dim)
-        return accumulators <= most and query_rows <= self.block_q
-
-    def _columns_divide(self, head_dim: int) -> bool:
-        return head_dim % (16 * self.warps // 2) == 0
+        return self.block_kv * (both + 2 * self.block_q) // (32 * self.warps)
 
     def smem_bytes(self, traits: Traits) -> int:
         """k, v, the stages of q, dout and their statistics, p and ds, as flash_bwd_sm80.cu does."""
@@ -153,25 +176,26 @@ class _BackwardTiles:
         return 2 * (self.block_kv * both + stages + 2 * self.block_q * self.block_kv)
 
 
-# In order of preference. Two 16-row tiles per warp (128 rows, 4 warps) read a key fragment once for
-# both; above a head size of 128 the output needs the registers of eight warps.
-_FORWARD_TILES = (
-    _ForwardTiles(block_q=128, block_kv=64, warps=4, max_head_dim=128),
-    _ForwardTiles(block_q=128, block_kv=32, warps=4, max_head_dim=128),
-    _ForwardTiles(block_q=128, block_kv=64, warps=8, max_head_dim=256),
-    _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256),
+# (D and Dv at most, tiles), in order of preference. Two 16-row tiles per warp (128 rows, 4 warps)
+# read a key fragment once for both; above a head size of 128 the output needs the registers of
+# eight warps.
+_FORWARD = (
+    (128, ForwardTiles(block_q=128, block_kv=64, warps=4)),
+    (128, ForwardTiles(block_q=128, block_kv=32, warps=4)),
+    (256, ForwardTiles(block_q=128, block_kv=64, warps=8)),
+    (256, ForwardTiles(block_q=64, block_kv=64, warps=4)),
 )
-_FEW_ROWS = _ForwardTiles(block_q=FEW_ROWS, block_kv=64, warps=4, max_head_dim=256)
+_FEW_ROWS = (256, ForwardTiles(block_q=FEW_ROWS, block_kv=64, warps=4))
 # Where scores depend on their place, finding it takes registers.
-_FORWARD_TILES_BY_PAIR = (
-    _ForwardTiles(block_q=128, block_kv=64, warps=8, max_head_dim=256),
-    _ForwardTiles(block_q=64, block_kv=64, warps=4, max_head_dim=256),
+_FORWARD_BY_PAIR = (
+    (256, ForwardTiles(block_q=128, block_kv=64, warps=8)),
+    (256, ForwardTiles(block_q=64, block_kv=64, warps=4)),
 )
-_BACKWARD_TILES = (
-    _BackwardTiles(64, 128, warps=8, stages=2, score_warps=2, key_warps=4),
-    _BackwardTiles(64, 128, warps=8, stages=1, score_warps=2, key_warps=4),
-    _BackwardTiles(64, 64, warps=8, stages=2, score_warps=2, key_warps=4),
-    _BackwardTiles(64, 64, warps=8, stages=1, score_warps=2, key_warps=4),
-    _BackwardTiles(32, 64, warps=8, stages=1, score_warps=2, key_warps=4),
-    _BackwardTiles(32, 32, warps=4, stages=1, score_warps=2, key_warps=2),
+_BACKWARD = (
+    BackwardTiles(64, 128, warps=8, stages=2, score_warps=2, key_warps=4),
+    BackwardTiles(64, 128, warps=8, stages=1, score_warps=2, key_warps=4),
+    BackwardTiles(64, 64, warps=8, stages=2, score_warps=2, key_warps=4),
+    BackwardTiles(64, 64, warps=8, stages=1, score_warps=2, key_warps=4),
+    BackwardTiles(32, 64, warps=8, stages=1, score_warps=2, key_warps=4),
+    BackwardTiles(32, 32, warps=4, stages=1, score_warps=2, key_warps=2),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cuflash import _params
 from cuflash._problem import Problem
@@ -26,22 +26,53 @@ _MAX_ROWS_DIM = 128
 
 
 def forward_plan(traits: Traits) -> ForwardPlan:
-    """The first of the preferred tiles that fit."""
-    candidates = _FORWARD_TILES
-    if traits.extras.by_pair:
-        candidates = _FORWARD_TILES_BY_PAIR
-    tiles = next(tiles for tiles in candidates if tiles.serves(traits))
+    """With the tiles that are chosen for these traits."""
+    return forward_plan_of(forward_tiles(traits), traits)
+
+
+def backward_plan(traits: Traits, deterministic: bool) -> BackwardPlan:
+    """As `forward_plan`."""
+    return backward_plan_of(backward_tiles(traits), traits, deterministic)
+
+
+def forward_tiles(traits: Traits) -> ForwardTiles:
+    """The first of the preferred ones that fit."""
+    ping_pong = padded(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG
+    by_pair = traits.extras.by_pair
+    return next(
+        replace(tiles, ping_pong=ping_pong)
+        for max_head_dim, max_head_dim_v, tiles in (_FORWARD_BY_PAIR if by_pair else _FORWARD)
+        if traits.head_dim <= max_head_dim
+        and traits.head_dim_v <= max_head_dim_v
+        and tiles.fits(traits)
+    )
+
+
+def backward_tiles(traits: Traits) -> BackwardTiles:
+    """As many keys and queries as leave the accumulators in registers."""
+    head_dim = max(_padded_to_64(x) for x in (traits.head_dim, traits.head_dim_v))
+    few_registers = head_dim > 64 or traits.softcap or traits.extras.by_pair
+    return BackwardTiles(
+        block_q=64 if few_registers else 128,
+        block_kv=64 if head_dim > _MAX_ROWS_DIM else 128,
+    )
+
+
+def forward_plan_of(tiles: ForwardTiles, traits: Traits) -> ForwardPlan:
+    """With these tiles, which fit."""
     out_over_q = not tiles.has_room_for_out(traits)
     smem_bytes = tiles.smem_bytes(traits, out_over_q)
     constants = {
         **_constants(traits),
         "CONSUMERS": tiles.consumers,
         "BLOCK_KV": tiles.block_kv,
-        "PING_PONG": int(padded(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG),
+        "PING_PONG": int(tiles.ping_pong),
         "OUT_OVER_Q": int(out_over_q),
         "SMEM_BYTES": smem_bytes,
         "PARAMS_BYTES": traits.params_bytes(_params.FORWARD_SM90_BYTES),
     }
+    if tiles.stages != _STAGES:  # the kernel's own default
+        constants["STAGES"] = tiles.stages
     warps = 4 * (1 + tiles.consumers)
     kernel = kernel_of(
         "flash_fwd_sm90.cu", "flash_fwd", "sm_90a", constants, warps, smem_bytes, traits
@@ -49,28 +80,22 @@ def forward_plan(traits: Traits) -> ForwardPlan:
     return ForwardPlan("sm90", kernel, Tiling(tiles.block_q, tiles.block_kv, pack_group=False))
 
 
-def backward_plan(traits: Traits, deterministic: bool) -> BackwardPlan:
-    """As many keys and queries as leave the accumulators in registers."""
+def backward_plan_of(tiles: BackwardTiles, traits: Traits, deterministic: bool) -> BackwardPlan:
+    """As `forward_plan_of`."""
     head_dim, head_dim_v = (_padded_to_64(x) for x in (traits.head_dim, traits.head_dim_v))
-    wide = max(head_dim, head_dim_v) > _MAX_ROWS_DIM
-    few_registers = max(head_dim, head_dim_v) > 64 or traits.softcap or traits.extras.by_pair
-    block_q, block_kv = (64 if few_registers else 128), (64 if wide else 128)
     shared = {
         **traits.parameter_constants(),
         "BFLOAT16": int(traits.dtype == "bfloat16"),
         "HEAD_DIM": head_dim,
         "HEAD_DIM_V": head_dim_v,
         "VEC_BYTES": traits.vec_bytes,
-        "BLOCK_Q": block_q,
+        "BLOCK_Q": tiles.block_q,
         "WARPS": _BACKWARD_WARPS,
-        "QUERY_WARPS": block_q // 16,
+        "QUERY_WARPS": tiles.block_q // 16,
         "SUM_FLOATS": 4,
         "PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_BYTES),
     }
-    both = head_dim + head_dim_v
-    scores = (4 if wide else 2) * block_kv * block_q  # two buffers of ds, and of p if wide
-    tiles = block_kv * both + _STAGES * block_q * (both + 4) + scores
-    smem_bytes = 2 * tiles + 8 * (2 + 4 * _STAGES) + 8  # mbarriers, the ticket
+    smem_bytes = tiles.smem_bytes(traits)
     main = {
         **shared,
         **traits.extras.constants(),
@@ -80,18 +105,18 @@ def backward_plan(traits: Traits, deterministic: bool) -> BackwardPlan:
         "SMEM_BYTES": smem_bytes,
         "MAPPED_PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_SM90_BYTES),
     }
-    dq_bytes = 2 * block_q * head_dim
+    dq_bytes = 2 * tiles.block_q * head_dim
     post = {**shared, "SMEM_BYTES": dq_bytes}
     warps, arch = _BACKWARD_WARPS, "sm_90a"
-    source = "flash_bwd_wide_sm90.cu" if wide else "flash_bwd_sm90.cu"
+    source = "flash_bwd_wide_sm90.cu" if tiles.wide else "flash_bwd_sm90.cu"
     return BackwardPlan(
         backend="sm90",
         prep=kernel_of("flash_bwd_prep.cu", "flash_bwd_prep", arch, shared, warps, 0),
         main=kernel_of(source, "flash_bwd", arch, main, 4 + warps, smem_bytes, traits),
         post=kernel_of("flash_bwd_post.cu", "flash_bwd_post", arch, post, warps, dq_bytes),
-        tiling=Tiling(block_q, block_kv, pack_group=False),
+        tiling=Tiling(tiles.block_q, tiles.block_kv, pack_group=False),
         head_dim=head_dim,
-        panels=_backward_panels(head_dim, head_dim_v, block_q, wide),
+        panels=_backward_panels(head_dim, head_dim_v, tiles),
     )
 
 
@@ -123,14 +148,12 @@ def _constants(traits: Traits) -> dict[str, int]:
     }
 
 
-def _backward_panels(
-    head_dim: int, head_dim_v: int, block_q: int, wide: bool
-) -> tuple[int, int, int]:
+def _backward_panels(head_dim: int, head_dim_v: int, tiles: BackwardTiles) -> tuple[int, int, int]:
     """Each warpgroup reads whole panels for its part of dq and, if wide, of dk and dv."""
     half, half_v = _panel(head_dim // 2), _panel(head_dim_v // 2)
-    if wide:
+    if tiles.wide:
         return half, half, half_v
-    return 64, (half if block_q == _WARPGROUP_ROWS else 64), 64
+    return 64, (half if tiles.block_q == _WARPGROUP_ROWS else 64), 64
 
 
 def _panel(columns: int) -> int:
@@ -143,42 +166,70 @@ def _padded_to_64(head_dim: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _ForwardTiles:
+class ForwardTiles:
+    """What may be chosen of the forward kernel."""
+
     consumers: int  # warpgroups of 64 rows
     block_kv: int
-    max_head_dim: int
-    max_head_dim_v: int
+    stages: int = _STAGES  # of k and of v
+    ping_pong: bool = True  # the consumers take turns
 
     @property
     def block_q(self) -> int:
         return _WARPGROUP_ROWS * self.consumers
 
-    def serves(self, traits: Traits) -> bool:
-        fits = self.smem_bytes(traits, out_over_q=True) <= smem_limit(90)
-        few_columns = traits.head_dim <= self.max_head_dim
-        return fits and few_columns and traits.head_dim_v <= self.max_head_dim_v
+    def fits(self, traits: Traits) -> bool:
+        """Whether shared memory holds them."""
+        return self.smem_bytes(traits, out_over_q=True) <= smem_limit(90)
 
     def has_room_for_out(self, traits: Traits) -> bool:
+        """Whether it holds the output beside q."""
         return self.smem_bytes(traits, out_over_q=False) <= smem_limit(90)
 
     def smem_bytes(self, traits: Traits, out_over_q: bool) -> int:
         """q, the stages of k and v, out and the barriers, as flash_fwd_sm90.cu lays them out."""
         head_dim, head_dim_v = padded(traits.head_dim), padded(traits.head_dim_v)
         per_row = max(head_dim, head_dim_v) if out_over_q else head_dim + head_dim_v
-        stages = _STAGES * self.block_kv * (head_dim + head_dim_v)
-        barriers = 2 * self.consumers + 4 * _STAGES
+        stages = self.stages * self.block_kv * (head_dim + head_dim_v)
+        barriers = 2 * self.consumers + 4 * self.stages
         return 2 * (self.block_q * per_row + stages) + 8 * barriers
 
 
-# The registers of a consumer hold the output, the scores and the probabilities.
-_FORWARD_TILES = (
-    _ForwardTiles(consumers=3, block_kv=112, max_head_dim=64, max_head_dim_v=64),
-    _ForwardTiles(consumers=2, block_kv=128, max_head_dim=256, max_head_dim_v=128),
-    _ForwardTiles(consumers=2, block_kv=112, max_head_dim=256, max_head_dim_v=192),
-    _ForwardTiles(consumers=2, block_kv=80, max_head_dim=256, max_head_dim_v=256),
+@dataclass(frozen=True, slots=True)
+class BackwardTiles:
+    """What may be chosen of the backward kernels: (64, 128) and (128, 128), or (64, 64) if wide."""
+
+    block_q: int
+    block_kv: int
+
+    @property
+    def wide(self) -> bool:
+        """Two warpgroups divide the columns of dk and dv, not the keys."""
+        return self.block_kv == _WARPGROUP_ROWS
+
+    def fits(self, traits: Traits) -> bool:
+        """As ForwardTiles."""
+        return self.smem_bytes(traits) <= smem_limit(90)
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """As backward_sm90.cuh lays it out."""
+        both = _padded_to_64(traits.head_dim) + _padded_to_64(traits.head_dim_v)
+        # Two buffers of ds, and of p if wide.
+        scores = (4 if self.wide else 2) * self.block_kv * self.block_q
+        elements = self.block_kv * both + _STAGES * self.block_q * (both + 4) + scores
+        return 2 * elements + 8 * (2 + 4 * _STAGES) + 8  # mbarriers, the ticket
+
+
+# (D at most, Dv at most, tiles), in order of preference. The registers of a consumer hold the
+# output, the scores and the probabilities.
+_FORWARD = (
+    (64, 64, ForwardTiles(consumers=3, block_kv=112)),
+    (256, 128, ForwardTiles(consumers=2, block_kv=128)),
+    (256, 192, ForwardTiles(consumers=2, block_kv=112)),
+    (256, 256, ForwardTiles(consumers=2, block_kv=80)),
 )
-_FORWARD_TILES_BY_PAIR = (
-    _ForwardTiles(consumers=2, block_kv=96, max_head_dim=256, max_head_dim_v=128),
-    _ForwardTiles(consumers=2, block_kv=80, max_head_dim=256, max_head_dim_v=192),
-    _ForwardTiles(consumers=2, block_kv=64, max_head_dim=256, max_head_dim_v=256),
+_FORWARD_BY_PAIR = (
+    (256, 128, ForwardTiles(consumers=2, block_kv=96)),
+    (256, 192, ForwardTiles(consumers=2, block_kv=80)),
+    (256, 256, ForwardTiles(consumers=2, block_kv=64)),
 )
