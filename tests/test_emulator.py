@@ -20,6 +20,9 @@ def test_unsupported_instruction_is_named() -> None:
         program("frobnicate.b32 %r1, %r0;")
     with pytest.raises(UnsupportedPtx, match="modifier .sideways"):
         program("add.sideways.u32 %r1, %r0, %r0;")
+    after_debug_lines = "\n\t// comment\n\t.loc 1 2 3\n\n\t.loc 1 2 3\nfrobnicate;"
+    with pytest.raises(UnsupportedPtx, match="test, PTX line 6.*frobnicate"):
+        load(f".version 8.0 .target sm_80 .entry test() {{{after_debug_lines} }}")
     with pytest.raises(ValueError, match="entry='missing'.*the PTX has test"):
         load(".version 8.0 .target sm_80 .entry test() { ret; }", "missing")
 

@@ -344,6 +344,23 @@ def test_wgmma_errors(fence: str, meanwhile: str, message: str) -> None:
         launch(kernel, d, image, block=128)
 
 
+def test_registers_of_a_are_free_after_the_wait_for_their_group() -> None:
+    second = """wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+            {{%r10, %r11, %r12, %r13}}, {{%r24, %r25, %r26, %r27}}, %rd20, %p3, 1, 1, 0;
+        wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; mov.u32 {}, 5;"""
+    image, d = np.zeros(1024, np.uint8), np.zeros(4, np.uint32)
+    registers = "".join(f"mov.u32 %r{i}, 0;" for i in (*range(10, 14), *range(20, 28)))
+    before = BARRIER + bulk_load(1, 1024) + WAIT + registers
+    first_group, second_group = (
+        program(before + WGMMA_N8.format(FENCE, second.format(register)), 2)
+        for register in ("%r21", "%r25")
+    )
+    for schedule in ("eager", "lazy", "random"):
+        assert launch(first_group, d, image, block=128, schedule=schedule).wgmma == 2
+        with pytest.raises(EmulatorError, match="A registers were modified"):
+            launch(second_group, d, image, block=128, schedule=schedule)
+
+
 def test_register_budget() -> None:
     body = """setp.lt.u32 %p1, %r0, 128; @%p1 bra producer;
         setmaxnreg.inc.sync.aligned.u32 {consumer}; bar.sync 1, 256; ret;

@@ -84,7 +84,7 @@ def _without_comments(text: str) -> str:
 
     text = re.sub(r"/\*.*?\*/", blank, text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
-    return re.sub(r"(?m)^\s*\.(loc|file)\b[^\n]*$", "", text)
+    return re.sub(r"(?m)^[ \t]*\.(loc|file)\b[^\n]*$", "", text)
 
 
 def _closing_brace(text: str, opening: int) -> int:
