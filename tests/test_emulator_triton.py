@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from emulator import Stats, guarded, load, tensor_map
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("emulator_triton_kernels")
 attention = pytest.importorskip("cuflash.cli.triton_kernels")
 
@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="the emulator needs g++"),
 ]
 
+RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 LOG2_E = math.log2(math.e)
 SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0)]
 SWIZZLE_BYTES = {0: 0, 1: 32, 2: 64, 3: 128}  # CUtensorMapSwizzle → bytes
@@ -184,6 +185,12 @@ def test_more_attention_backwards(case: Attention) -> None:
 
 
 def check_matmul(case: Matmul) -> None:
+    if case.arch == 90 and case.a_in_registers and RELEASE < (3, 8):
+        pytest.skip(
+            "PTX of Triton before 3.8 writes the A registers of an iteration's second wgmma group"
+            " before the wgmma.wait_group for the previous iteration's second group, which reads"
+            " the same registers; the PTX ISA leaves that undefined"
+        )
     block_m, block_n, block_k = case.block
     m, n, depth = 2 * block_m, 2 * block_n, 128
     rng = np.random.default_rng(0)
@@ -204,13 +211,15 @@ def check_matmul(case: Matmul) -> None:
 
     a64 = (a.T if case.transpose_a else a) * np.float64(2 if case.a_in_registers else 1)
     b64 = (b.T if case.transpose_b else b).astype(np.float64)
+    # Triton before 3.8 multiplies 8 columns by mma on Hopper too
+    by_wgmma = case.arch == 90 and not (block_n == 8 and RELEASE < (3, 8))
     for schedule in SCHEDULES:
         out = guarded((m, n), np.float32, fill=1.0 if case.atomic else np.nan)
         sizes = [np.int32(size) for size in (depth, a.shape[1], b.shape[1], n)]
         stats = launch(compiled, (2, 2, 1), [a, b, out, *sizes], [a, b, out], schedule)
         expected = a64 @ b64 + (1.0 if case.atomic else 0.0)
         oracle.assert_within(out, expected, accumulation_error(a64, b64))
-        assert (stats.wgmma if case.arch == 90 else stats.mma) > 0
+        assert (stats.wgmma if by_wgmma else stats.mma) > 0
 
 
 def check_tma_matmul(case: TmaMatmul) -> None:
