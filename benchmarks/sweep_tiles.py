@@ -257,6 +257,7 @@ class Compiled:
     candidate: Candidate
     registers: int
     spill_bytes: int
+    stack_bytes: int
     notes: tuple[str, ...]  # ptxas's (Resources)
     error: str  # why it does not compile
 
@@ -270,6 +271,7 @@ class Compiled:
             candidate,
             registers=main.registers if main else 0,
             spill_bytes=sum(x.spill_bytes for x in resources),
+            stack_bytes=max((x.stack_bytes for x in resources), default=0),
             notes=tuple(note for x in resources for note in x.notes),
             error=errors[0] if errors else "",
         )
@@ -289,7 +291,7 @@ class Compiled:
 
 
 def _first_error(log: str) -> str:
-    found = re.search(r"error: (.*)", log)
+    found = re.search(r"(?:error|fatal) *: (.*)", log)  # NVRTC's or ptxas's
     return found[1] if found else log.partition("\n")[0]
 
 
@@ -312,7 +314,7 @@ def _compile_only(options: argparse.Namespace) -> int:
         rows = [x for x in found if x.candidate.head_dim == head_dim]
         names = [f.name for f in fields(rows[0].candidate.tiles)]
         print(f"\n{sweep.backend} {sweep.direction} for {arch}, D {head_dim}, bfloat16\n")
-        heads = [*names, "", "registers", "bytes spilled", "bytes of shared memory", "notes"]
+        heads = [*names, "", "registers", "bytes spilled", "of stack", "of shared memory", "notes"]
         print("\n".join(tables._header(heads)))
         for row in rows:
             candidate = row.candidate
@@ -322,6 +324,7 @@ def _compile_only(options: argparse.Namespace) -> int:
                     "today's" if candidate.is_todays else "",
                     row.registers or tables.MISSING,
                     tables.MISSING if row.error else row.spill_bytes,
+                    tables.MISSING if row.error else row.stack_bytes,
                     candidate.kernels[0].smem_bytes,
                     row.error or ", ".join(row.notes),
                 )
@@ -469,6 +472,7 @@ def _report(
                 "todays": x.candidate.is_todays,
                 "registers": x.registers,
                 "spill_bytes": x.spill_bytes,
+                "stack_bytes": x.stack_bytes,
                 "smem_bytes": x.candidate.kernels[0].smem_bytes,
                 "fault": x.fault,
             }

@@ -84,9 +84,9 @@ def test_compile_only(
     # 224 accumulators, and what goes with them, in the registers of a thread.
     smem_bytes = str(2 * (128 + 2 * 64) * 160)
     assert eight[:4] == ["128", "64", "8", "today's"]
-    assert eight[5:] == ["0", smem_bytes, ""]
+    assert eight[5:] == ["0", "0", smem_bytes, ""]
     assert four[:5] == ["128", "64", "4", "", "255"]
-    assert int(four[5]) > 0 and four[6:] == [smem_bytes, ""]
+    assert int(four[5]) > 0 and int(four[6]) > 0 and four[7:] == [smem_bytes, ""]
 
 
 def test_why_a_candidate_is_dropped(sweep_tiles: ModuleType) -> None:
@@ -104,6 +104,8 @@ def test_why_a_candidate_is_dropped(sweep_tiles: ModuleType) -> None:
     log = "cuflash: NVRTC cannot compile\nplaces.cuh(40): error: too many\n  more"
     assert compiled(todays, error=log).fault == "does not compile: too many"
     assert not compiled(todays, error=log).is_measured
+    log = "cuflash: NVRTC cannot compile\nptxas fatal   : (C7602) Insufficient registers\n"
+    assert compiled(todays, error=log).error == "(C7602) Insufficient registers"
 
 
 @pytest.mark.parametrize(
