@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
@@ -152,7 +153,8 @@ class Check(NamedTuple):
         for name, array in arrays.items():
             if array is None:
                 continue
-            if any(step % array.itemsize for step in (address(array), *array.strides)):
+            # An itemsize is a power of 2: of the steps, or of their bits, none may have lower ones.
+            if reduce(or_, array.strides, address(array)) % array.itemsize:
                 self.fail(
                     ValueError,
                     f"{name} has its first element at {address(array):#x} and strides of "

@@ -88,6 +88,11 @@ class Call(NamedTuple):
         return None if array is None else self.framework.give(array, self.like)
 
 
+@cache
+def _is_structure(argument_class: type) -> bool:
+    return issubclass(argument_class, Structure)
+
+
 @contextmanager
 def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -> Iterator[Call]:
     """Within the block CuPy's current device and stream are the caller's.
@@ -102,8 +107,8 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
     host_lengths = []
     structures = {
         name: x
-        for name, x in arguments.items()
-        if name in STRUCTURES and isinstance(x, Structure) and not isinstance(x, type)
+        for name in STRUCTURES
+        if (x := arguments.get(name)) is not None and _is_structure(type(x))
     }
     nested = {
         name: x for structure in structures.values() for name, x in structure.arrays().items()
