@@ -15,6 +15,9 @@ Array = Any  # of the caller's kind
 Arguments = dict[str, Any]  # a public function's locals()
 
 
+BACKWARD_FLAGS = ("deterministic", "bias_gradient")  # packed sequences have no bias
+
+
 class Kind(NamedTuple):
     """What is particular to calls on dense or on packed arrays."""
 
@@ -42,7 +45,7 @@ def forward(
 
 def backward(kind: Kind, function: str, arguments: Arguments) -> Gradients:
     """The gradients, from the arguments of a function that is given dout, out and lse."""
-    own = ("dout", "out", "lse", "dlse", "deterministic")
+    own = {"dout", "out", "lse", "dlse", *BACKWARD_FLAGS} & arguments.keys()
     with receive(function, ("q", "k", "v", "dout", "out", "lse"), arguments) as call:
         results = {name: call.arguments.pop(name) for name in own}
         problem = call.upload(kind.problem.create(function, call.device, **call.arguments))
@@ -55,14 +58,17 @@ def vjp(
 ) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
     """Out, or (out, lse), and the pullback."""
     options = dict(arguments)
-    return_lse, deterministic = (
-        check_flag(function, name, options.pop(name)) for name in ("return_lse", "deterministic")
-    )
+    return_lse = check_flag(function, "return_lse", options.pop("return_lse"))
+    flags = {
+        name: check_flag(function, name, options.pop(name))
+        for name in BACKWARD_FLAGS
+        if name in options
+    }
     out, lse = forward(kind, function, {**options, "return_lse": True}, has_pullback=True)
 
     def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
         results = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
-        arguments = {**options, **results, "deterministic": deterministic}
+        arguments = {**options, **results, **flags}
         return backward(kind, f"{function}'s pullback", arguments)
 
     return ((out, lse) if return_lse else out), pullback

@@ -47,7 +47,7 @@ def differentiate(parts: list[GradientSums]) -> None:
         (sums, family, split)
         for sums in parts
         for split in range(sums.splits)
-        for family in sums.work.families()
+        for family in sums.families
     ]
     ends = [
         (sums, item)
@@ -226,7 +226,8 @@ class GradientSums:
             tiles = max((len(item.row_tiles()) for item in work.items()), default=1)
         else:
             tiles = math.ceil(problem.seqlen_k / work.tile_keys)
-        self.splits = max(1, min(tiles, work.many_tasks // max(1, len(work.families()))))
+        self.families = work.families(gradient.bias_gradient)
+        self.splits = max(1, min(tiles, work.many_tasks // max(1, len(self.families))))
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         # With a mask splits of the rows share dk and dv.
         copies = 1 if masked else self.splits
@@ -241,7 +242,7 @@ class GradientSums:
             for x in (self.all_dk, self.all_dv):
                 x[batch, band.keys :] = 0
         self.dk, self.dv = work.by_key_head(self.all_dk, 1), work.by_key_head(self.all_dv, 1)
-        if problem.bias is not None:
+        if gradient.bias_gradient:
             # Splits have keys or rows of their own, and share dbias only where these share a bias.
             copies = self.splits if work.bias_shape[2 if masked else 3] == 1 else 1
             self.dbias_copies = [np.zeros(work.bias_shape, work.dtype) for _ in range(copies)]
@@ -277,7 +278,7 @@ class GradientSums:
 
     def add_bias(self, tile: Tile, split: int, dscores: np.ndarray) -> None:
         """Add a tile's part of dbias, summed along the axes that share a bias."""
-        if self.work.problem.bias is None:
+        if not self.gradient.bias_gradient:
             return
         dbias = self.work.scores_by_key_head(self.dbias_copies[split % len(self.dbias_copies)])
         batch = slice(tile.item.batch, tile.item.batch + 1)
@@ -306,7 +307,7 @@ class GradientSums:
     def gradients(self) -> Gradients:
         """The finished gradients in the dtypes of their inputs."""
         problem, dbias, dsinks = self.work.problem, None, None
-        if problem.bias is not None:
+        if self.gradient.bias_gradient:
             dbias = sum_of(self.dbias_copies, problem.bias.dtype).reshape(problem.bias.shape)
         if problem.sinks is not None:
             dsinks = sum_of(list(self.dsinks_by_batch), problem.sinks.dtype)

@@ -128,8 +128,7 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     on = on or gpu(problem.q.device.id)
     q, k, v = problem.q, problem.k, problem.v
     if not q.size or (not k.size and problem.sinks is None):
-        inputs = (q, k, v, problem.bias, problem.sinks)
-        return Gradients(*(None if x is None else on.zeros(x.shape, x.dtype) for x in inputs))
+        return gradient.zeros(on.zeros)
     allocate = on.empty if problem.packing is None else on.zeros  # tokens of no sequence
     grads = tuple(allocate(x.shape, x.dtype) for x in (q, k, v))
     sinks_dtype = None if problem.sinks is None else problem.sinks.dtype
@@ -161,7 +160,7 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     heads = problem.heads_q // group * (problem.batch if problem.packing is None else 1)
     stats = RowStats(*workspace[:2], rows // heads, plan.tiling.block_q, group)
     dbias = dsinks = None
-    if problem.bias is not None:
+    if gradient.bias_gradient:
         dbias = bias_gradient(gradient, traits, stats, tables, on)
     if problem.sinks is not None:
         dsinks = sink_gradient(problem, traits, stats, tables, sinks_dtype, on)

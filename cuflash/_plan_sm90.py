@@ -38,10 +38,14 @@ def backward_plan(traits: Traits, deterministic: bool) -> BackwardPlan:
 def forward_tiles(traits: Traits) -> ForwardTiles:
     """The first of the preferred ones that fit."""
     ping_pong = padded(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG
-    by_pair = traits.extras.by_pair
+    extras, preferred = traits.extras, (_FORWARD_SOFTCAPPED if traits.softcap else _FORWARD)
+    if extras.bias_bytes or extras.program.has_score_mod:
+        preferred = _FORWARD_PER_SCORE
+    elif extras.by_pair:
+        preferred = _FORWARD_BY_PAIR
     return next(
         replace(tiles, ping_pong=ping_pong)
-        for max_head_dim, max_head_dim_v, tiles in (_FORWARD_BY_PAIR if by_pair else _FORWARD)
+        for max_head_dim, max_head_dim_v, tiles in preferred
         if traits.head_dim <= max_head_dim
         and traits.head_dim_v <= max_head_dim_v
         and tiles.fits(traits)
@@ -223,12 +227,20 @@ class BackwardTiles:
 # (D at most, Dv at most, tiles), in order of preference. The registers of a consumer hold the
 # output, the scores and the probabilities.
 _FORWARD = (
-    (64, 64, ForwardTiles(consumers=3, block_kv=112)),
+    (64, 64, ForwardTiles(consumers=3, block_kv=128)),
     (256, 128, ForwardTiles(consumers=2, block_kv=128)),
     (256, 192, ForwardTiles(consumers=2, block_kv=112)),
     (256, 256, ForwardTiles(consumers=2, block_kv=80)),
 )
+_FORWARD_SOFTCAPPED = ((64, 64, ForwardTiles(consumers=3, block_kv=112)), *_FORWARD[1:])
+# With a mask, ALiBi or dropout, which need registers for places; three consumers have none.
 _FORWARD_BY_PAIR = (
+    (256, 128, ForwardTiles(consumers=2, block_kv=128)),
+    (256, 192, ForwardTiles(consumers=2, block_kv=96)),
+    (256, 256, ForwardTiles(consumers=2, block_kv=64)),
+)
+# With a bias or a score_mod, which need them for an address or a function of each score.
+_FORWARD_PER_SCORE = (
     (256, 128, ForwardTiles(consumers=2, block_kv=96)),
     (256, 192, ForwardTiles(consumers=2, block_kv=80)),
     (256, 256, ForwardTiles(consumers=2, block_kv=64)),

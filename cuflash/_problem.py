@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -212,6 +213,7 @@ class GradientProblem:
     lse: Array  # (B, Hq, Sq)
     dlse: Array | None  # (B, Hq, Sq)
     deterministic: bool
+    bias_gradient: bool = False  # whether there is to be one
 
     @classmethod
     def create(
@@ -223,10 +225,20 @@ class GradientProblem:
         lse: Array,
         dlse: Array | None = None,
         deterministic: bool = True,
+        bias_gradient: bool = True,
     ) -> GradientProblem:
         """Check that dout, out, lse and dlse belong to `forward`."""
         check = Check(function, forward.device)
         check.results(forward, dout, out, lse, dlse)
         if forward.score_mod is not None:
             forward.score_mod.check_backward(check)
-        return cls(forward, dout, out, lse, dlse, check.flag("deterministic", deterministic))
+        deterministic = check.flag("deterministic", deterministic)
+        wanted = check.flag("bias_gradient", bias_gradient) and forward.bias is not None
+        return cls(forward, dout, out, lse, dlse, deterministic, wanted)
+
+    def zeros(self, zeros: Callable[[tuple[int, ...], np.dtype], Array]) -> Gradients:
+        """Where nothing depends on the inputs; `zeros` makes an array."""
+        problem = self.forward
+        bias = problem.bias if self.bias_gradient else None
+        inputs = (problem.q, problem.k, problem.v, bias, problem.sinks)
+        return Gradients(*(None if x is None else zeros(x.shape, x.dtype) for x in inputs))

@@ -164,10 +164,10 @@ class Work:
             for members in blocks(slice(0, self.group), self.members)
         ]
 
-    def families(self) -> list[list[Item]]:
+    def families(self, with_dbias: bool) -> list[list[Item]]:
         """Items that share elements of dk, dv or dbias: one thread adds to them, in order."""
         shared = (False, False)
-        if self.bias is not None:
+        if with_dbias:
             shared = (self.bias_shape[0] == 1, self.bias_shape[1] == 1)
         families: dict[tuple[int, int], list[Item]] = {}
         for item in self.items():

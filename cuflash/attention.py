@@ -180,6 +180,7 @@ def attention_backward(
     seed: int | None = None,
     score_mod: ScoreMod | None = None,
     deterministic: bool = True,
+    bias_gradient: bool = True,
 ) -> Gradients:
     """The gradients of `attention`'s inputs, from the gradient of its result.
 
@@ -199,13 +200,16 @@ def attention_backward(
         As in `attention`.
     deterministic : bool
         The same bits from every run, also on a GPU. False may be faster there.
+    bias_gradient : bool
+        Whether dbias is computed, which on a GPU takes two matrix products more; else it is None.
 
     Returns
     -------
     Gradients
         A named tuple: `dq`, `dk`, `dv`, each of its input's shape and dtype, and so `dbias` and
-        `dsinks`, or None without a bias or sinks. What lies past the valid lengths gets 0. dq, dk
-        and dv lie in memory in the order of q, k and v, as `attention`'s out in that of q.
+        `dsinks`, or None without a bias, its gradient or sinks. What lies past the valid lengths
+        gets 0. dq, dk and dv lie in memory in the order of q, k and v, as `attention`'s out in that
+        of q.
 
     Raises
     ------
@@ -247,6 +251,7 @@ def attention_vjp(
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
     deterministic: bool = True,
+    bias_gradient: bool = True,
 ) -> tuple[Array | tuple[Array, Array], Callable[..., Gradients]]:
     """`attention`, and the function that pulls a gradient of its result back to its inputs.
 
@@ -259,7 +264,7 @@ def attention_vjp(
         As in `attention`.
     alibi_slopes, sinks, dropout, seed, score_mod
         As in `attention`.
-    deterministic : bool
+    deterministic, bias_gradient : bool
         As in `attention_backward`.
 
     Returns

@@ -62,8 +62,7 @@ def backward(gradient: GradientProblem) -> Gradients:
     """The gradients of q, k, v, the bias and the sinks."""
     problem = gradient.forward
     if not problem.q.size:
-        inputs = (problem.q, problem.k, problem.v, problem.bias, problem.sinks)
-        return Gradients(*(None if x is None else np.zeros(x.shape, x.dtype) for x in inputs))
+        return gradient.zeros(np.zeros)
     sums = GradientSums(Work(problem, splits_rows=False), gradient)
     differentiate([sums])
     with np.errstate(all="ignore"):

@@ -407,7 +407,8 @@ struct Consumer {
 
   // What a tree lets these rows see of a partly visible tile, while the tile's product runs.
   DEVICE u64 look(const Mask& mask, const KeyTile& tile) const {
-    return kHasTree && tile.partly ? places(mask, tile).visible<1, kBlockKV / 8>() : 0;
+    if constexpr (kHasTree) return tile.partly ? places(mask, tile).visible<1, kBlockKV / 8>() : 0;
+    return 0;
   }
 
   // Scores to unnormalised probabilities.
@@ -421,7 +422,7 @@ struct Consumer {
         hide(s_acc, places);
     }
     softmax.step(s_acc);
-    if (kDropout) dropout.drop(s_acc, places);
+    if constexpr (kDropout) dropout.drop(s_acc, places);
   }
 
   // Once per tile and warpgroup, in a circle; warpgroup 0 begins.

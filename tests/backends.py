@@ -97,10 +97,10 @@ class EmulatedBackend(_Backend):
         from cuflash import _launch
 
         dlse = options.pop("dlse", None)
-        deterministic = options.pop("deterministic", True)
+        flags = [options.pop(n, True) for n in ("deterministic", "bias_gradient")]
         forward = Problem.create("attention_backward", "cuda", q, k, v, **_as_arrays(options))
         gradient = GradientProblem.create(
-            "attention_backward", forward, dout, out, lse, dlse, deterministic
+            "attention_backward", forward, dout, out, lse, dlse, *flags
         )
         return self._run(_launch.backward, gradient)
 

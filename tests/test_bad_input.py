@@ -55,7 +55,7 @@ def test_lengths_that_are_no_array_are_not_trusted(name: str, lengths: list[int]
 
 
 @pytest.mark.parametrize("value", [1, None, "yes", np.array([True, False])])
-@pytest.mark.parametrize("name", ["return_lse", "deterministic"])
+@pytest.mark.parametrize("name", ["return_lse", "deterministic", "bias_gradient"])
 def test_flags_are_checked_at_once(name: str, value: Any) -> None:
     with refused(f"attention_vjp: {name} is .*; expected True or False"):
         cuflash.attention_vjp(**tensors(), **{name: value})

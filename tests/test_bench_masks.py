@@ -101,7 +101,7 @@ def test_the_suite_of_masks() -> None:
     assert 3 <= len(list(suites.cells("masks", quick=True))) <= 5
 
 
-@pytest.mark.parametrize(("capability", "forward_tile"), [(80, (128, 64)), (90, (128, 96))])
+@pytest.mark.parametrize(("capability", "forward_tile"), [(80, (128, 64)), (90, (128, 128))])
 def test_tiles_are_those_of_the_kernels(capability: int, forward_tile: tuple[int, int]) -> None:
     cell = Cell("forward", "bfloat16", 1, 200, 2, 128, True, Window(25))
     inputs = bench._gpu_inputs(np, [cell])(cell)

@@ -35,6 +35,7 @@ def test_gradient_problem(make: Maker) -> None:
     assert gradient.dlse is dlse
     assert gradient.deterministic is False
     assert gradient_problem(make).deterministic is True
+    assert gradient_problem(make, bias_gradient=True).bias_gradient is False  # there is no bias
 
 
 def test_lse_of_float64_is_float64() -> None:
@@ -60,6 +61,7 @@ def test_lse_and_dlse_of_another_problem(make: Maker, name: str) -> None:
         gradient_problem(make, **{name: make(LSE, np.float16)})
 
 
-def test_deterministic_is_no_flag(make: Maker) -> None:
-    with refused(TypeError, "deterministic is 1 (int); expected True or False"):
-        gradient_problem(make, deterministic=1)
+@pytest.mark.parametrize("name", ["deterministic", "bias_gradient"])
+def test_no_flag(make: Maker, name: str) -> None:
+    with refused(TypeError, f"{name} is 1 (int); expected True or False"):
+        gradient_problem(make, **{name: 1})

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import emulated
-from injection import assert_noticed, put_in
+from injection import assert_noticed, changed, put_in
 
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -168,6 +168,12 @@ SOURCES = {
 
 # One of each kind in every run; the others compile a kernel each as well.
 QUICK = ("ds-barrier", "ds-fence", "full-parity", "half-of-dq", "wide-probs-in-one-buffer")
+
+
+def test_every_bug_has_its_place() -> None:
+    for source, bugs in SOURCES.items():
+        for old, new, *_ in bugs.values():
+            assert changed(source, old, new)
 
 
 @pytest.mark.parametrize(

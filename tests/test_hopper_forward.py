@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from backends import EmulatedGpu, _arrays_of
 from conftest import emulated
-from injection import assert_noticed, put_in
+from injection import assert_noticed, changed, put_in
 
 from cuflash import _gpu, _launch, _params, _traits
 from cuflash._problem import Problem
@@ -165,7 +165,13 @@ BUGS = {
         LONG,
     ),
     "not-rescaled": (SOURCE, "if (kRescaleLate) softmax.rescale(o_acc);", "", WRONG, LONG),
-    "not-hidden": (SOURCE, "if (tile.partly) hide(", "if (false) hide(", WRONG, CASES["causal"]),
+    "not-hidden": (
+        SOURCE,
+        "if (tile.partly) {\n      if constexpr",
+        "if (false) {\n      if constexpr",
+        WRONG,
+        CASES["causal"],
+    ),
     "store-not-fenced": (SOURCE, "    fence_proxy_async();\n", "", "proxy:", LONG),
     "store-before-all-wrote": (
         SOURCE,
@@ -230,6 +236,11 @@ def test_wide_heads(name: str) -> None:
 @pytest.mark.parametrize("case", HEAD_DIMS.values(), ids=HEAD_DIMS)
 def test_every_head_size(case: Case, schedule: tuple[str, int]) -> None:
     assert ending(case, schedule) == "right result"
+
+
+def test_every_bug_has_its_place() -> None:
+    for source, old, new, *_ in BUGS.values():
+        assert changed(source, old, new)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import mask_cases
 import numpy as np
 import pytest
 from conftest import emulated
-from injection import assert_noticed, put_in
+from injection import assert_noticed, changed, put_in
 from test_attention import bits, run
 from test_mask_kernels import BACKWARD, EDGES, FORWARD, GROUPED, check_lists, problem_of
 from test_term_kernels import CASE, CODE, named_arrays, together, value
@@ -296,6 +296,11 @@ QUICK = ("partly-lost", "the-turn-of-a-neighbour-ends")
 
 def parameters(bugs: dict[str, Any]) -> list[Any]:
     return [pytest.param(x, marks=() if x in QUICK else pytest.mark.full) for x in bugs]
+
+
+def test_every_bug_has_its_place() -> None:
+    for source, old, new, *_ in (*LIST_BUGS.values(), *BUGS.values()):
+        assert changed(source, old, new)
 
 
 @pytest.mark.parametrize("name", parameters(LIST_BUGS))

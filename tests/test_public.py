@@ -120,8 +120,8 @@ def test_arrays_are_positional_and_options_are_keywords() -> None:
 def test_the_functions_have_the_same_options() -> None:
     own = {
         "attention": {"return_lse", "out"},
-        "attention_backward": {"dlse", "deterministic"},
-        "attention_vjp": {"return_lse", "deterministic"},
+        "attention_backward": {"dlse", "deterministic", "bias_gradient"},
+        "attention_vjp": {"return_lse", "deterministic", "bias_gradient"},
         "explain": {"out"},
         "validate": {"out"},
     }
@@ -135,7 +135,7 @@ def test_the_functions_have_the_same_options() -> None:
 
 
 def test_packed_sequences_have_the_options_that_make_sense_for_them() -> None:
-    not_there = {"q_lens", "kv_lens", "mask", "bias"}
+    not_there = {"q_lens", "kv_lens", "mask", "bias", "bias_gradient"}
     for name in VARLEN:
         dense = options(name.replace("_varlen", ""))
         expected = [repr(p) for n, p in dense.items() if n not in not_there]

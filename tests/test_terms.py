@@ -206,6 +206,24 @@ def test_on_every_backend(
 # -------------------------------------------------------------------------------------- sinks
 
 
+@pytest.mark.parametrize(
+    "backend", ["cpu", "emulated-80", pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
+)
+def test_without_a_gradient_of_the_bias(backend: backends.Backend) -> None:
+    q, k, v, dout, _ = Case(seqlen_q=40, seqlen_k=70, dtype=FLOAT16, head_dim=32).arrays()
+    bias = np.random.default_rng(2).standard_normal((2, 1, 70)).astype(FLOAT16)
+    out, lse = backend.forward(q, k, v, bias=bias)
+    every, others = (
+        backend.backward(dout, q, k, v, out, lse, bias=bias, bias_gradient=wanted)
+        for wanted in (True, False)
+    )
+    assert every.dbias.any() and others.dbias is None
+    for with_dbias, without in zip(every[:3], others[:3], strict=True):
+        assert with_dbias.any() and np.allclose(
+            with_dbias.astype(np.float32), without.astype(np.float32), atol=1e-3
+        )
+
+
 def test_a_row_that_sees_nothing_has_the_lse_of_its_sink() -> None:
     case = replace(SMALL, causal=True, offset=(-20, -1000))
     options = terms(case, "sinks")

@@ -106,15 +106,17 @@ def _cuflash_with(mask: Mask | None, clock: Any, cell: Cell, inputs: Inputs) -> 
     q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
     options = {"causal": cell.causal, "mask": mask}
     options |= {"bias": inputs.bias} if cell.bias else {}
+    learned = cell.bias == "learned"
     if cell.direction == "forward":
         return Contender(partial(cuflash.attention, q, k, v, **options), clock)
     if cell.direction == "backward":
         out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
-        backward = partial(cuflash.attention_backward, dout, q, k, v, out, lse, **options)
+        arrays = (dout, q, k, v, out, lse)
+        backward = partial(cuflash.attention_backward, *arrays, bias_gradient=learned, **options)
         return Contender(backward, clock)
 
     def both() -> Any:
-        _, pullback = cuflash.attention_vjp(q, k, v, **options)
+        _, pullback = cuflash.attention_vjp(q, k, v, bias_gradient=learned, **options)
         return pullback(dout)
 
     return Contender(both, clock)

@@ -50,10 +50,10 @@ struct Wgmma;
 #define REGISTERS_96 REGISTERS_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define REGISTERS_112 REGISTERS_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define REGISTERS_128 REGISTERS_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define REGISTERS_192                                                                       \
-  REGISTERS_128                                                                             \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, " \
-  "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define REGISTERS_144 REGISTERS_128 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define REGISTERS_160 REGISTERS_144 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define REGISTERS_176 REGISTERS_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define REGISTERS_192 REGISTERS_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define REGISTERS_256                                                                          \
   REGISTERS_192                                                                                \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, "   \
@@ -68,7 +68,10 @@ struct Wgmma;
 #define ACCUMULATORS_96 ACCUMULATORS_80, ACC_2(10)
 #define ACCUMULATORS_112 ACCUMULATORS_96, ACC_2(12)
 #define ACCUMULATORS_128 ACCUMULATORS_112, ACC_2(14)
-#define ACCUMULATORS_192 ACCUMULATORS_128, ACC_2(16), ACC_2(18), ACC_2(20), ACC_2(22)
+#define ACCUMULATORS_144 ACCUMULATORS_128, ACC_2(16)
+#define ACCUMULATORS_160 ACCUMULATORS_144, ACC_2(18)
+#define ACCUMULATORS_176 ACCUMULATORS_160, ACC_2(20)
+#define ACCUMULATORS_192 ACCUMULATORS_176, ACC_2(22)
 #define ACCUMULATORS_256 ACCUMULATORS_192, ACC_2(24), ACC_2(26), ACC_2(28), ACC_2(30)
 
 #define NAME_BFloat16(N) "wgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16"
@@ -106,6 +109,9 @@ WGMMA_BOTH(80, 40, 41, 42, 43, 44, 45, 46)
 WGMMA_BOTH(96, 48, 49, 50, 51, 52, 53, 54)
 WGMMA_BOTH(112, 56, 57, 58, 59, 60, 61, 62)
 WGMMA_BOTH(128, 64, 65, 66, 67, 68, 69, 70)
+WGMMA_BOTH(144, 72, 73, 74, 75, 76, 77, 78)
+WGMMA_BOTH(160, 80, 81, 82, 83, 84, 85, 86)
+WGMMA_BOTH(176, 88, 89, 90, 91, 92, 93, 94)
 WGMMA_BOTH(192, 96, 97, 98, 99, 100, 101, 102)
 WGMMA_BOTH(256, 128, 129, 130, 131, 132, 133, 134)
 
