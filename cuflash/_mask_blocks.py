@@ -94,6 +94,11 @@ class BlockMask:
         total = shape.batch * shape.heads_q * math.prod(blocks)
         return TileCounts(total - partial - full, partial, full)
 
+    @cached_property
+    def by_distance(self) -> bool:
+        """Whether it depends on how far a query and a key are apart, and not on where they are."""
+        return all(isinstance(leaf, tree.Band) for leaf in self.mask.leaves())
+
     # A batch entry, a key head and a query head of its group say which heads share a mask.
 
     def states_of(self, batch: int, head: int, member: int, rows: slice) -> np.ndarray:

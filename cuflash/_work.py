@@ -377,17 +377,23 @@ class Item:
                 for some in blocks(keys, TILE[1]):
                     yield from self._evaluated(rows, some)
 
-    def _evaluated(self, rows: slice, keys: slice) -> list[Run]:
-        """Of these keys the blocks that some row sees some of; kept for a while for other heads."""
-        kept = self.work.kept_runs
-        place = self.work.mask.place(*self.start)
-        place += (rows.start, rows.stop, keys.start, keys.stop)
+    def _evaluated(self, rows: slice, keys: slice) -> Iterator[Run]:
+        """Of these keys the blocks that some row sees some of; kept for a while for others."""
+        kept, mask = self.work.kept_runs, self.work.mask
+        # What depends on the distance alone is the same all along a band.
+        origin = keys.start if mask.by_distance else 0
+        place = mask.place(*self.start)
+        place += tuple(x - origin for x in (rows.start, rows.stop, keys.start, keys.stop))
         runs = kept.get(place)
         if runs is None:
             if len(kept) >= KEPT_RUNS:
                 kept.clear()
-            runs = kept[place] = list(self._evaluate(rows, keys))
-        return runs
+            runs = kept[place] = [
+                Run(slice(some.start - origin, some.stop - origin), hidden)
+                for some, hidden in self._evaluate(rows, keys)
+            ]
+        for some, hidden in runs:
+            yield Run(slice(some.start + origin, some.stop + origin), hidden)
 
     def _evaluate(self, rows: slice, keys: slice) -> Iterator[Run]:
         mask, size, width = self.work.mask, MASK_BLOCK[1], keys.stop - keys.start
@@ -454,12 +460,12 @@ def _gathered(
 
 def _whole_heads(x: np.ndarray, dtype: np.dtype, columns: int = 0) -> np.ndarray:
     """(B, Hk, 1, Sk, size) to (B, Hk, 1, Sk, size + columns), columns of 1: keys side by side."""
-    shape = (*x.shape[:-1], x.shape[-1] + columns)
-    whole = np.empty(shape, dtype)
-    whole[..., x.shape[-1] :] = 1
+    size = x.shape[-1]
+    whole = np.empty((*x.shape[:-1], size + columns), dtype)
 
     def copy(head: tuple[int, int]) -> None:
-        whole[head][..., : x.shape[-1]] = x[head]
+        whole[head][..., :size] = x[head]
+        whole[head][..., size:] = 1
 
-    for_each(copy, np.ndindex(shape[:2]))
+    for_each(copy, np.ndindex(x.shape[:2]))
     return whole

@@ -30,7 +30,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout):
         *arrays, bias, sinks = ctx.saved_tensors
         dout = dout.contiguous()  # torch hands over any strides
-        grads = cuflash.attention_backward(dout, *arrays, bias=bias, sinks=sinks, **ctx.options)
+        terms = {"bias": bias, "bias_gradient": ctx.needs_input_grad[3], "sinks": sinks}
+        grads = cuflash.attention_backward(dout, *arrays, **terms, **ctx.options)
         return *grads, None  # dq, dk, dv, dbias, dsinks
 
 
