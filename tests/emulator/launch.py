@@ -38,10 +38,7 @@ class _Options(ctypes.Structure):
         ("registers", ctypes.c_uint32),
         ("races", ctypes.c_uint8),
         ("poison", ctypes.c_uint8),
-        ("strict_cp_async", ctypes.c_uint8),
-        ("order_collectives", ctypes.c_uint8),
         ("allow_same_value", ctypes.c_uint8),
-        ("allow_a_reuse", ctypes.c_uint8),
         ("parameters", ctypes.c_void_p),
         ("parameter_bytes", ctypes.c_uint64),
         ("buffers", ctypes.c_void_p),
@@ -89,10 +86,7 @@ class Kernel:
             every write in one that is writeable. What lies in several counts as the first's.
         races: detect races and missing proxy fences in shared memory.
         poison: fill shared memory and what is in flight with NaN.
-        strict_cp_async: wgmma may read what cp.async wrote only after a proxy fence.
-        order_collectives: each warp instruction orders its lanes, not only __syncwarp.
         allow_same_value: unordered writes of the value that is there already are no race.
-        allow_a_reuse: registers of A may be written while a wgmma that reads them is in flight.
     """
 
     def __init__(self, ptx: str, entry: str | None) -> None:
@@ -119,10 +113,7 @@ class Kernel:
         buffers: Sequence[np.ndarray] | None = None,
         races: bool = True,
         poison: bool = True,
-        strict_cp_async: bool = False,
-        order_collectives: bool = False,
         allow_same_value: bool = False,
-        allow_a_reuse: bool = False,
     ) -> Stats:
         """Runs the whole grid; the class describes the options.
 
@@ -152,10 +143,7 @@ class Kernel:
             registers=self._registers(count),
             races=races,
             poison=poison,
-            strict_cp_async=strict_cp_async,
-            order_collectives=order_collectives,
             allow_same_value=allow_same_value,
-            allow_a_reuse=allow_a_reuse,
             parameters=parameters.ctypes.data,
             parameter_bytes=parameters.nbytes,
             buffers=None if buffers is None else ranges.ctypes.data,

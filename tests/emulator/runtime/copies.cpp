@@ -21,11 +21,7 @@ void cp_async(u32 destination, u64 source, u32 bytes, u32 source_bytes) {
   Clock clock = w.clock;
   clock.seen[actor] = std::max(clock.seen[actor], w.copy_times[t.copy_groups.size()]);
   check_shared(destination, bytes,
-               {.what = "cp.async",
-                .actor = actor,
-                .clock = &clock,
-                .write = true,
-                .generic_writer = cta->options->strict_cp_async ? t.index : -1});
+               {.what = "cp.async", .actor = actor, .clock = &clock, .write = true});
   t.copies.push_back({destination, source, bytes, source_bytes});
   cta->stats.cp_async++;
   cta->stats.bytes_loaded += source_bytes;

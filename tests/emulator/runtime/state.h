@@ -178,7 +178,7 @@ struct Options {  // mirrored in launch.py
   u32 schedule, os_threads;
   u64 seed;
   u32 static_shared, dynamic_shared, registers;
-  u8 races, poison, strict_cp_async, order_collectives, allow_same_value, allow_a_reuse;
+  u8 races, poison, allow_same_value;
   const u8* parameters;
   u64 parameter_bytes;
   const Buffer* buffers;

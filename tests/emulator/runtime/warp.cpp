@@ -43,13 +43,6 @@ static void order_lanes(u32 mask) {
   w.clock.seen[w.id] = ++cta->time;
 }
 template <class F>
-static void warp_instruction(const char* name, u32 mask, void* argument, F execute) {
-  collective(name, mask, argument, [&](void** arguments) {
-    execute(arguments);
-    if (cta->options->order_collectives) order_lanes(mask);
-  });
-}
-template <class F>
 static void each_lane(u32 mask, F f) {
   for (; mask; mask &= mask - 1) f(std::countr_zero(mask));
 }
@@ -63,7 +56,7 @@ u32 shuffle(Shuffle mode, u32 value, u32 b, u32 c, u32 mask, bool& in_range) {
     u32 value, b, c, result;
     bool in_range;
   } mine{value, b & 31, c, 0, false};
-  warp_instruction("shfl", mask, &mine, [&](void** lanes) {
+  collective("shfl", mask, &mine, [&](void** lanes) {
     each_lane(mask, [&](int i) {
       Lane& lane = *static_cast<Lane*>(lanes[i]);
       const int segment = lane.c >> 8 & 31, clamp = lane.c & 31;
@@ -88,7 +81,7 @@ u32 ballot(bool vote, u32 mask) {
     bool vote;
     u32 result;
   } mine{vote, 0};
-  warp_instruction("vote", mask, &mine, [&](void** lanes) {
+  collective("vote", mask, &mine, [&](void** lanes) {
     u32 votes = 0;
     each_lane(mask, [&](int i) { votes |= u32{static_cast<Lane*>(lanes[i])->vote} << i; });
     each_lane(mask, [&](int i) { static_cast<Lane*>(lanes[i])->result = votes; });
@@ -116,7 +109,7 @@ u64 reduce_lanes(Atomic op, u64 value, u32 mask, bool is_signed) {
   struct Lane {
     u64 value, result;
   } mine{value, 0};
-  warp_instruction("redux", mask, &mine, [&](void** lanes) {
+  collective("redux", mask, &mine, [&](void** lanes) {
     bool first = true;
     u64 total = 0;
     each_lane(mask, [&](int i) {
@@ -130,13 +123,12 @@ u64 reduce_lanes(Atomic op, u64 value, u32 mask, bool is_signed) {
 }
 
 u32 elect(u32 mask) {  // any fixed lane is allowed, so schedules differ
-  warp_instruction("elect", mask, nullptr, [](void**) {});
+  collective("elect", mask, nullptr, [](void**) {});
   return cta->options->schedule == kLazy ? 31 - std::countl_zero(mask) : std::countr_zero(mask);
 }
 
 void set_max_registers(u32 count, bool increase) {
-  warp_instruction(increase ? "setmaxnreg.inc" : "setmaxnreg.dec", kAllLanes, nullptr,
-                   [](void**) {});
+  collective(increase ? "setmaxnreg.inc" : "setmaxnreg.dec", kAllLanes, nullptr, [](void**) {});
   Thread& t = *cta->current;
   Warp& w = *t.warp;
   if (count < 24 || count > 256 || count % 8)
@@ -191,7 +183,7 @@ static u8* matrix_element(const u32* rows, int lane, int half, bool transpose) {
 }
 void ldmatrix(u32* registers, int count, u32 row_address, bool transpose) {
   MatrixLane mine{registers, row_address};
-  warp_instruction(transpose ? "ldmatrix.trans" : "ldmatrix", kAllLanes, &mine, [&](void** lanes) {
+  collective(transpose ? "ldmatrix.trans" : "ldmatrix", kAllLanes, &mine, [&](void** lanes) {
     u32 rows[32];
     gather_rows("ldmatrix", lanes, count, false, rows);
     for (int j = 0; j < count; j++)
@@ -205,7 +197,7 @@ void ldmatrix(u32* registers, int count, u32 row_address, bool transpose) {
 }
 void stmatrix(const u32* registers, int count, u32 row_address, bool transpose) {
   MatrixLane mine{const_cast<u32*>(registers), row_address};
-  warp_instruction(transpose ? "stmatrix.trans" : "stmatrix", kAllLanes, &mine, [&](void** lanes) {
+  collective(transpose ? "stmatrix.trans" : "stmatrix", kAllLanes, &mine, [&](void** lanes) {
     u32 rows[32];
     gather_rows("stmatrix", lanes, count, true, rows);
     for (int j = 0; j < count; j++)
@@ -250,7 +242,7 @@ void mma(Format a_format, Format b_format, int k, bool f16_accumulate, u32* d, c
     u32* d;
     const u32 *a, *b;
   } mine{d, a, b};
-  warp_instruction("mma", kAllLanes, &mine, [&](void** lanes) {
+  collective("mma", kAllLanes, &mine, [&](void** lanes) {
     cta->stats.mma++;
     const int size = element_bytes(a_format), per_register = 4 / size;
     const int a_registers = k * size / 8, b_registers = k * size / 16;

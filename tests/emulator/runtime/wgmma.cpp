@@ -196,7 +196,7 @@ void wgmma(const WgmmaShape& shape, u32* registers, const u16* d, const u16* a, 
 static void give_back(Thread& t, u64 end) {
   std::erase_if(t.a_fragments, [&](const Thread::AFragment& f) {
     if (f.sequence >= end) return false;
-    for (int r = 0; r < 4 && !cta->options->allow_a_reuse; r++)
+    for (int r = 0; r < 4; r++)
       if (f.registers[f.tuple[r]] != f.value[r])
         fail("wgmma: A registers were modified while the wgmma was in flight");
     return true;
