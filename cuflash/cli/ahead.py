@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor
 from contextlib import suppress
 from typing import Any
 
@@ -24,6 +25,7 @@ def compile_ahead(calls: Iterable[Callable[[], Any]]) -> None:
             with suppress(Exception):
                 call()
     kernels = list(dict.fromkeys(noted))
-    with suppress(CommandError):  # no folder for the cache: each call compiles for itself
+    # Without a folder for the cache, or without processes, each call compiles for itself.
+    with suppress(CommandError, BrokenExecutor, OSError):
         for _ in progress(compile_all(kernels, os.cpu_count() or 1), len(kernels), "kernel"):
             pass
