@@ -231,7 +231,7 @@ class GradientSums:
         # Splits of the keys share the rows of dq: each has a copy, and these are summed in order.
         # With a mask splits of the rows share dk and dv.
         copies = 1 if masked else self.splits
-        self.of_keys = KeyGradients(work, self.splits) if masked else None
+        self.of_keys = KeyGradients(work, self.families, self.splits) if masked else None
         self.dq_copies = [self.all_dq]
         if copies > 1:
             self.dq_copies = [empty_like(problem.q, dtype=work.dtype) for _ in range(copies)]

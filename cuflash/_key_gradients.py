@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash._arrays import LN_2
-from cuflash._work import Item, Work
+from cuflash._work import Item, Work, split_rows
 
 
 class KeyGradients:
@@ -17,9 +17,13 @@ class KeyGradients:
     All are in one array: memory of many MiB comes in large pages, which cost the least.
     """
 
-    def __init__(self, work: Work, splits: int) -> None:
+    def __init__(self, work: Work, families: list[list[Item]], splits: int) -> None:
         self.work = work
-        self.rows = {item.start: item.split_rows(splits) for item in work.items()}
+        self.rows = {
+            item.start: rows
+            for family in families
+            for item, rows in zip(family, split_rows(family, splits), strict=True)
+        }
         # By batch entry, first key head and split: the key heads, and the keys that some row sees.
         spans: dict[tuple[int, int, int], tuple[int, slice]] = {}
         for item in work.items():

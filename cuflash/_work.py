@@ -145,7 +145,8 @@ class Work:
         first = Item(self, 0, slice(0, 1), slice(0, self.members))
         for heads in range(most, 1, -1):
             splits = math.ceil(self.many_tasks * heads / items)
-            spans = map(first.span_of_keys, first.split_rows(splits))
+            (split,) = split_rows([first], splits)
+            spans = map(first.span_of_keys, split)
             if sum(span.stop - span.start for span in spans) <= 2 * self.problem.seqlen_k:
                 return heads
         return 1
@@ -316,13 +317,6 @@ class Item:
         sizes = (rows.stop - rows.start for rows in row_tiles)
         return [heads * rows * keys for rows, keys in zip(sizes, seen, strict=True)]
 
-    def split_rows(self, count: int) -> list[list[slice]]:
-        """The tiles of rows in `count` spans that compute about the same number of pairs."""
-        tiles = self.row_tiles()
-        pairs = np.cumsum([0, *(1 + some for some in self.pairs(tiles))])
-        edges = np.searchsorted(pairs, pairs[-1] * np.arange(count + 1) // count)
-        return [tiles[start:stop] for start, stop in pairwise(edges.tolist())]
-
     def span_of_keys(self, row_tiles: list[slice]) -> slice:
         """From the first key to the last that some tiles of rows see through the mask."""
         if not row_tiles:
@@ -407,6 +401,36 @@ class Item:
             hidden = ~visible[..., columns]
             some = slice(keys.start + columns.start, keys.start + columns.stop)
             yield Run(some, hidden if hidden.any() else None)
+
+
+def split_rows(items: list[Item], count: int) -> list[list[list[slice]]]:
+    """Of each item the tiles of rows in `count` spans that compute about the same number of pairs.
+
+    A span has the same rows of every item: what the items share by row, no two spans share.
+    """
+    tiles = [item.row_tiles() for item in items]
+    starts = [np.array([rows.start for rows in some], np.int64) for some in tiles]
+    common = _common_starts(tiles)
+    pairs = np.zeros(len(common) + 1, np.int64)
+    for item, some, first_rows in zip(items, tiles, starts, strict=True):
+        computed = 1 + np.array(item.pairs(some), np.int64)
+        np.add.at(pairs, np.searchsorted(common, first_rows, side="right"), computed)
+    pairs = np.cumsum(pairs)
+    edges = np.searchsorted(pairs, pairs[-1] * np.arange(count + 1) // count)
+    edge_rows = np.append(common, np.iinfo(np.int64).max)[edges]
+    return [
+        [some[start:stop] for start, stop in pairwise(np.searchsorted(first, edge_rows).tolist())]
+        for some, first in zip(tiles, starts, strict=True)
+    ]
+
+
+def _common_starts(tiles: list[list[slice]]) -> np.ndarray:
+    """The rows at which a tile starts in each of some lists, or that lie behind its last tile."""
+    starts = {rows.start for some in tiles for rows in some}
+    for some in tiles:
+        own, stop = {rows.start for rows in some}, some[-1].stop if some else 0
+        starts = {start for start in starts if start in own or start >= stop}
+    return np.array(sorted(starts), np.int64)
 
 
 def _stretches(states: np.ndarray, stop: int) -> Iterator[tuple[int, slice]]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,8 @@ import pytest
 import threadpoolctl
 
 import cuflash
-from cuflash import _terms, _threads, _work, cpu, reference
+from cuflash import _terms, _threads, _work, cpu, masks, reference
+from cuflash._cpu_backward import GradientSums
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._tiles import Band, blocks, visible_tiles
 
@@ -380,6 +381,44 @@ def test_bits_do_not_depend_on_the_number_of_threads(
     for threads in (2, 3, 8):
         with threadpoolctl.threadpool_limits(threads, user_api="blas"):
             assert_equal(run(*x, **options), right)
+
+
+MASKS_OF_BATCH_ENTRIES = {
+    "lengths": lambda rng: masks.lengths([150, 70], [150, 90]),
+    "documents": lambda rng: masks.documents(np.sort(rng.integers(0, 5, (2, 150)))),
+    "dense": lambda rng: masks.dense(rng.random((2, 4, 150, 150)) < 0.3),
+    "blocks": lambda rng: masks.blocks(rng.random((2, 4, 5, 5)) < 0.4, 32, 32),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS_OF_BATCH_ENTRIES.values(), ids=MASKS_OF_BATCH_ENTRIES)
+@pytest.mark.parametrize("bias_shape", [(1, 1), (1, 4), (2, 1), (2, 4)], ids=str)
+def test_no_two_tasks_add_to_the_same_rows_of_dbias(
+    rng: np.random.Generator,
+    small_tiles: None,
+    monkeypatch: pytest.MonkeyPatch,
+    mask: Callable[[np.random.Generator], masks.Mask],
+    bias_shape: tuple[int, int],
+) -> None:
+    """Batch entries and heads that share a bias need not see as much of it."""
+    tasks: dict[tuple[int, int, int], set[tuple[int, int]]] = {}
+    add_bias = GradientSums.add_bias
+
+    def note(sums: GradientSums, tile: _work.Tile, split: int, dscores: np.ndarray) -> None:
+        family = next(n for n, items in enumerate(sums.families) if tile.item in items)
+        batch = tile.item.batch if bias_shape[0] > 1 else 0
+        members = range(4)[2 * tile.item.heads.start : 2 * tile.item.heads.stop]
+        for head in members[tile.item.members] if bias_shape[1] > 1 else [0]:
+            for row in range(tile.rows.start, tile.rows.stop):
+                tasks.setdefault((batch, head, row), set()).add((family, split))
+        add_bias(sums, tile, split, dscores)
+
+    monkeypatch.setattr(GradientSums, "add_bias", note)
+    x = tensors(rng, 150, 150)
+    options = {"mask": mask(rng), "bias": rng.standard_normal((*bias_shape, 150, 150))}
+    assert_close(run(*x, **options), expected(*x, **options))
+    assert all(len(some) == 1 for some in tasks.values())
+    assert len(set.union(*tasks.values())) > 1
 
 
 def test_callers_in_several_threads_get_the_same_and_blas_gets_its_threads_back(
