@@ -87,7 +87,7 @@ def test_the_suite_of_masks() -> None:
     assert {c.dtype for c in cells} == {"bfloat16"} and {c.head_dim for c in cells} == {128}
     assert {str(c.rule) for c in cells if c.rule} == {
         "8 documents of 2048",
-        "5 documents of 1000 to 2520",
+        "5 documents of 1000, 3 x 2520, 1440",
         "window of 1024",
         "causal or prefix of 25%",
         "blocks of 128, 50% empty",

@@ -95,7 +95,7 @@ def test_without_a_gpu_a_command_says_what_it_needs(gpus, capsys, command):
         "--arch sm_80 sm_90" if command == ["compile"] else "needs an NVIDIA GPU of sm_80 or newer"
     )
     assert need in printed.err
-    assert ("--suite cpu-masks need none" in printed.err) == (command[0] == "bench")
+    assert ("suites cpu, cpu-masks, cpu-packed need none" in printed.err) == (command[0] == "bench")
 
 
 def test_bench_help_has_a_line_on_every_suite(capsys):

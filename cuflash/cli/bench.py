@@ -97,11 +97,13 @@ class Bench(NamedTuple):
 
 
 def _on_gpu(suite: str) -> Bench:
-    cupy = require_gpu("bench", "--suite cpu and --suite cpu-masks need none")
-    masked = suite in suites.MASK_SUITES
-    of_suite = contenders.gpu_mask_contenders if masked else contenders.gpu_contenders
+    cupy = require_gpu("bench", f"the suites {', '.join(suites.CPU_SUITES)} need none")
+    of_suite = {
+        "masks": contenders.gpu_mask_contenders,
+        "packed": contenders.gpu_packed_contenders,
+    }
     return Bench(
-        factories=of_suite(cupy),
+        factories=of_suite.get(suite, contenders.gpu_contenders)(cupy),
         machine=_gpu(cupy),
         gemm=partial(contenders.gemm_tflops_gpu, cupy),
         inputs=partial(_gpu_inputs, cupy),
@@ -110,10 +112,12 @@ def _on_gpu(suite: str) -> Bench:
 
 
 def _on_cpu(suite: str) -> Bench:
-    masked = suite in suites.MASK_SUITES
-    of_suite = contenders.cpu_mask_contenders if masked else contenders.cpu_contenders
+    of_suite = {
+        "cpu-masks": contenders.cpu_mask_contenders,
+        "cpu-packed": contenders.cpu_packed_contenders,
+    }
     return Bench(
-        factories=of_suite(),
+        factories=of_suite.get(suite, contenders.cpu_contenders)(),
         machine=_cpu(),
         gemm=contenders.gemm_tflops_cpu,
         inputs=lambda cells: _cpu_inputs,

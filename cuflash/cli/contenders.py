@@ -19,7 +19,8 @@ from cuflash.masks import Mask
 OURS = "cuflash"
 COMPILED = "cuflash compiled"  # its mask is classified before the timing
 DENSE = "cuflash dense"  # all pairs visible, no bias
-OWN = (OURS, COMPILED, DENSE)
+DOCUMENTS = "cuflash documents"  # packed sequences as a mask over all tokens
+OWN = (OURS, COMPILED, DENSE, DOCUMENTS)
 SPINNING_SECONDS = 0.01  # OpenMP's threads wait so long for more work, on cores of others
 JAX_QUEUE = 10  # calls in flight, so that JAX's dispatch hides behind the kernels
 
@@ -49,6 +50,15 @@ def gpu_mask_contenders(cupy: Any) -> dict[str, Factory]:
     return _own(StreamClock(cupy)) | {name: every[name] for name in names}
 
 
+def gpu_packed_contenders(cupy: Any) -> dict[str, Factory]:
+    """Ours, and torch's two ways with sequences of several lengths."""
+    clock = StreamClock(cupy)
+    return _own_packed(clock, cupy.asarray) | {
+        "torch varlen": partial(_torch_varlen, clock),
+        "torch padded": partial(_torch_padded, clock),
+    }
+
+
 def cpu_contenders() -> dict[str, Factory]:
     """By name, for NumPy arrays."""
     return {OURS: partial(_cuflash, CPU_CLOCK), "torch": partial(_torch_cpu, CPU_CLOCK)}
@@ -59,12 +69,22 @@ def cpu_mask_contenders() -> dict[str, Factory]:
     return _own(CPU_CLOCK) | {"torch": partial(_torch_cpu, CPU_CLOCK)}
 
 
+def cpu_packed_contenders() -> dict[str, Factory]:
+    """Likewise, for packed sequences."""
+    own = _own_packed(CPU_CLOCK, np.asarray)
+    return own | {"torch by sequence": partial(_torch_by_sequence, CPU_CLOCK)}
+
+
 def _own(clock: Any) -> dict[str, Factory]:
     return {
         OURS: partial(_cuflash, clock),
         COMPILED: partial(_cuflash_compiled, clock),
         DENSE: lambda cell, inputs: _cuflash(clock, cell.dense, inputs),
     }
+
+
+def _own_packed(clock: Any, asarray: Callable[[np.ndarray], Any]) -> dict[str, Factory]:
+    return {OURS: partial(_cuflash_packed, clock, asarray), DOCUMENTS: partial(_cuflash, clock)}
 
 
 def gemm_tflops_gpu(cupy: Any, size: int = 8192) -> tuple[float, str]:
@@ -106,37 +126,112 @@ def _cuflash_compiled(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
 
 
 def _cuflash_with(mask: Mask | None, clock: Any, cell: Cell, inputs: Inputs) -> Contender:
-    q, k, v, dout = inputs.q, inputs.k, inputs.v, inputs.dout
     options = {"causal": cell.causal, "mask": mask}
     options |= {"bias": inputs.bias} if cell.bias else {}
     learned = cell.bias == "learned"
-    if cell.direction == "forward":
-        return Contender(partial(cuflash.attention, q, k, v, **options), clock)
-    if cell.direction == "backward":
-        out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
-        arrays = (dout, q, k, v, out, lse)
-        backward = partial(cuflash.attention_backward, *arrays, bias_gradient=learned, **options)
-        return Contender(backward, clock)
+    functions = (
+        partial(cuflash.attention, **options),
+        partial(cuflash.attention_backward, bias_gradient=learned, **options),
+        partial(cuflash.attention_vjp, bias_gradient=learned, **options),
+    )
+    arrays = (inputs.q, inputs.k, inputs.v)
+    return _directed(clock, cell.direction, functions, arrays, inputs.dout)
+
+
+def _cuflash_packed(
+    clock: Any, asarray: Callable[[np.ndarray], Any], cell: Cell, inputs: Inputs
+) -> Contender:
+    functions = (
+        partial(cuflash.attention_varlen, causal=cell.causal),
+        partial(cuflash.attention_varlen_backward, causal=cell.causal),
+        partial(cuflash.attention_varlen_vjp, causal=cell.causal),
+    )
+    cu_seqlens = asarray(cell.rule.cu_seqlens)
+    arrays = (inputs.q[0], inputs.k[0], inputs.v[0], cu_seqlens, cu_seqlens)
+    return _directed(clock, cell.direction, functions, arrays, inputs.dout[0])
+
+
+def _directed(
+    clock: Any,
+    direction: str,
+    functions: tuple[Callable[..., Any], ...],  # forward, backward, vjp
+    arrays: tuple[Any, ...],
+    dout: Any,
+) -> Contender:
+    forward, backward, vjp = functions
+    if direction == "forward":
+        return Contender(partial(forward, *arrays), clock)
+    if direction == "backward":
+        out, lse = forward(*arrays, return_lse=True)
+        return Contender(partial(backward, dout, *arrays, out, lse), clock)
 
     def both() -> Any:
-        _, pullback = cuflash.attention_vjp(q, k, v, bias_gradient=learned, **options)
+        _, pullback = vjp(*arrays)
         return pullback(dout)
 
     return Contender(both, clock)
 
 
 def _torch_sdpa(clock: Any, backend: str, cell: Cell, inputs: Inputs) -> Contender:
+    term = _torch_term(cell, inputs)
+    attention = _sdpa(backend, attn_mask=term, is_causal=cell.causal and term is None)
+    return _torch(clock, attention, cell, inputs, term)
+
+
+def _sdpa(backend: str, **options: Any) -> Callable[..., Any]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention
 
-    term = _torch_term(cell, inputs)
-    causal = cell.causal and term is None
-
     def attention(q: Any, k: Any, v: Any) -> Any:
         with sdpa_kernel(getattr(SDPBackend, backend)):
-            return scaled_dot_product_attention(q, k, v, attn_mask=term, is_causal=causal)
+            return scaled_dot_product_attention(q, k, v, **options)
 
-    return _torch(clock, attention, cell, inputs, term)
+    return attention
+
+
+def _torch_varlen(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    import torch
+    from torch.nn.attention.varlen import varlen_attn  # absent from older torch
+
+    arrays = [torch.from_dlpack(x)[0] for x in (inputs.q, inputs.k, inputs.v, inputs.dout)]
+    cu_seqlens = torch.from_numpy(cell.rule.cu_seqlens).to(arrays[0].device)
+    options = {"cu_seq_q": cu_seqlens, "cu_seq_k": cu_seqlens}
+    options |= dict.fromkeys(("max_q", "max_k"), max(cell.rule.lengths))
+    # Only where it is needed: the first torch with varlen_attn has is_causal in its place.
+    options |= {"window_size": (-1, 0)} if cell.causal else {}
+    return _torch_directed(clock, partial(varlen_attn, **options), cell.direction, arrays)
+
+
+def _torch_padded(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    """Flash attention over sequences made equally long by zeros behind them.
+
+    It takes no lengths: where nothing is causal, a shorter sequence sees its zeros, which changes
+    its numbers and not the time.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    def padded(x: Any) -> Any:
+        sequences = torch.from_dlpack(x)[0].split(list(cell.rule.lengths))
+        return pad_sequence(sequences, batch_first=True).transpose(1, 2)
+
+    arrays = [padded(x) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)]
+    attention = _sdpa("FLASH_ATTENTION", is_causal=cell.causal)
+    return _torch_directed(clock, attention, cell.direction, arrays)
+
+
+def _torch_by_sequence(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    lengths = list(cell.rule.lengths)
+
+    def attention(*arrays: Any) -> Any:
+        sequences = zip(*(x.split(lengths, dim=2) for x in arrays), strict=True)
+        outs = [scaled_dot_product_attention(*x, is_causal=cell.causal) for x in sequences]
+        return torch.cat(outs, dim=2)
+
+    return _torch(clock, attention, cell, inputs)
 
 
 def _torch_cpu(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
@@ -203,20 +298,30 @@ def _torch_flex(clock: Any, cell: Cell, inputs: Inputs) -> Contender:
 def _torch(
     clock: Any, attention: Callable[..., Any], cell: Cell, inputs: Inputs, term: Any = None
 ) -> Contender:
-    """Torch's functions take (B, H, S, D): views of the same memory.
-
-    `term`: what attention adds to the scores, of which a gradient is taken too if it wants one.
-    """
+    """Torch's functions take (B, H, S, D): views of the same memory."""
     import torch
 
-    q, k, v, dout = (
-        torch.from_dlpack(x).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v, inputs.dout)
-    )
-    if cell.direction == "forward":
+    arrays = (inputs.q, inputs.k, inputs.v, inputs.dout)
+    views = [torch.from_dlpack(x).transpose(1, 2) for x in arrays]
+    return _torch_directed(clock, attention, cell.direction, views, term)
+
+
+def _torch_directed(
+    clock: Any,
+    attention: Callable[..., Any],
+    direction: str,
+    arrays: list[Any],  # q, k, v, dout
+    term: Any = None,
+) -> Contender:
+    """`term`: what attention adds to the scores; its gradient is taken too if it wants one."""
+    import torch
+
+    q, k, v, dout = arrays
+    if direction == "forward":
         return Contender(torch.no_grad()(partial(attention, q, k, v)), clock)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     wanted = leaves if term is None or not term.requires_grad else [*leaves, term]
-    if cell.direction == "backward":
+    if direction == "backward":
         out = attention(*leaves)
         gradients = partial(torch.autograd.grad, out, wanted, dout, retain_graph=True)
         return Contender(gradients, clock)

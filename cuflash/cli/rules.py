@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +22,15 @@ class Documents:
     lengths: tuple[int, ...]
 
     def __str__(self) -> str:
-        shortest, longest = min(self.lengths), max(self.lengths)
-        of = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
-        return f"{len(self.lengths)} documents of {of}"
+        count = len(self.lengths)
+        runs = [(len(list(run)), length) for length, run in groupby(self.lengths)]
+        of = (f"{n} x {length}" if 1 < n < count else f"{length}" for n, length in runs)
+        return f"{count} documents of {', '.join(of)}"
+
+    @property
+    def cu_seqlens(self) -> np.ndarray:
+        """Where each starts, and the last one ends."""
+        return np.cumsum((0, *self.lengths), dtype=np.int32)
 
     def arrays(self, seqlen: int) -> dict[str, np.ndarray]:
         return {"ids": np.repeat(np.arange(len(self.lengths)), self.lengths)}

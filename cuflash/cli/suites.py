@@ -11,10 +11,12 @@ GPU_SUITES = {
     "forward": "forward on a GPU: bfloat16, head sizes 64 to 256, lengths 1024 to 16384",
     "backward": "the gradients alone, over the same grid",
     "masks": "masks and biases on a GPU, beside flex attention and the time without a mask",
+    "packed": "packed sequences on a GPU, beside torch's and the same tokens masked as documents",
 }
 CPU_SUITES = {
     "cpu": "forward and gradients on the CPU, float32; needs no GPU",
     "cpu-masks": "documents, a window and random blocks on the CPU; needs no GPU",
+    "cpu-packed": "packed sequences on the CPU, beside torch's attention one by one; needs no GPU",
 }
 MASK_SUITES = ("masks", "cpu-masks")
 
@@ -40,6 +42,14 @@ MASKS: tuple[tuple[Rule, int, int, bool], ...] = (  # rule, length, heads, causa
 BIAS_LENGTH, BIAS_HEADS = 4096, 16
 CPU_MASKS: tuple[Rule, ...] = (Documents((512,) * 8), Window(512), RandomBlocks(128, 0.75))
 CPU_MASK_SIZES = (1, 4096, 4, 64)  # batch, length, heads, head size
+PACKED = (  # sequences, heads
+    (EQUAL_DOCUMENTS, 16),
+    (UNEQUAL_DOCUMENTS, 64),
+    (Documents((64,) * 256), 16),
+    (Documents((8192, *(128,) * 64)), 16),
+)
+CPU_PACKED = (Documents((512,) * 8), Documents((2048, *(128,) * 16)))
+CPU_PACKED_SIZES = (4, 64)  # heads, head size
 
 
 def cells(suite: str, quick: bool) -> Iterator[Cell]:
@@ -48,6 +58,10 @@ def cells(suite: str, quick: bool) -> Iterator[Cell]:
         return _cpu(quick)
     if suite == "cpu-masks":
         return _cpu_masks(quick)
+    if suite == "cpu-packed":
+        return _cpu_packed(quick)
+    if suite == "packed":
+        return _packed(quick)
     return _masks(quick) if suite == "masks" else _plain(suite, quick)
 
 
@@ -70,6 +84,14 @@ def _masks(quick: bool) -> Iterator[Cell]:
         yield Cell("forward+backward", *sizes, bias="learned")
 
 
+def _packed(quick: bool) -> Iterator[Cell]:
+    for direction in ("forward",) if quick else ("forward", "forward+backward"):
+        for documents, heads in PACKED[::2] if quick else PACKED:
+            for causal in (False, True):
+                sizes = (1, sum(documents.lengths), heads, 128)
+                yield Cell(direction, "bfloat16", *sizes, causal, documents)
+
+
 def _cpu(quick: bool) -> Iterator[Cell]:
     for batch, seqlen, heads, head_dim, causal in CPU_SHAPES[:1] if quick else CPU_SHAPES:
         for direction in ("forward", "forward+backward"):
@@ -80,3 +102,11 @@ def _cpu_masks(quick: bool) -> Iterator[Cell]:
     for direction in ("forward", "forward+backward"):
         for rule in CPU_MASKS[:1] if quick else CPU_MASKS:
             yield Cell(direction, "float32", *CPU_MASK_SIZES, causal=False, rule=rule)
+
+
+def _cpu_packed(quick: bool) -> Iterator[Cell]:
+    for direction in ("forward", "forward+backward"):
+        for documents in CPU_PACKED[:1] if quick else CPU_PACKED:
+            for causal in (False, True):
+                sizes = (1, sum(documents.lengths), *CPU_PACKED_SIZES)
+                yield Cell(direction, "float32", *sizes, causal, documents)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash.cli.contenders import COMPILED, DENSE, OURS, OWN
+from cuflash.cli.contenders import COMPILED, DENSE, DOCUMENTS, OURS, OWN
 
 MISSING = "–"
 
@@ -42,8 +42,11 @@ def rates(results: dict[str, Any]) -> str:
 
 def _rates(rows: list[dict[str, Any]], peers: list[str], gemm_tflops: float) -> list[str]:
     """The rate of each, and ours as a share of the matrix product and of the best."""
-    heads = ["", "D", "S", "causal", OURS, "of GEMM", *peers, "to best peer"]
-    lines = _header(heads)
+    sizes, others = {"D": "head_dim", "S": "seqlen"}, peers
+    if any(row.get("rule") for row in rows):  # of packed sequences
+        sizes = {"sequences": "rule", "tokens": "seqlen", "H": "heads"}
+        others = [DOCUMENTS, *peers]
+    lines = _header(["", *sizes, "causal", OURS, "of GEMM", *others, "to best peer"])
     for row in rows:
         rates = {name: result.get("tflops") for name, result in row["results"].items()}
         ours = rates[OURS]
@@ -51,12 +54,11 @@ def _rates(rows: list[dict[str, Any]], peers: list[str], gemm_tflops: float) -> 
         lines.append(
             _line(
                 row["direction"],
-                row["head_dim"],
-                row["seqlen"],
+                *(row[size] for size in sizes.values()),
                 "yes" if row["causal"] else "no",
                 _number(ours),
                 f"{100 * ours / gemm_tflops:.0f} %" if ours else MISSING,
-                *(_number(rates.get(peer)) for peer in peers),
+                *(_number(rates.get(name)) for name in others),
                 f"{ours / best:.2f}" if ours and best else MISSING,
             )
         )
