@@ -15,7 +15,7 @@ import threadpoolctl
 from conftest import on_every_backend
 
 import cuflash
-from cuflash import _mask_blocks, _terms, _work, masks, reference
+from cuflash import _mask_blocks, _mask_rules, _terms, _work, masks, reference
 from cuflash._mask_blocks import ALL, NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
 from cuflash.cli import oracle
@@ -364,7 +364,7 @@ def test_heads_with_one_mask_share_tiles_and_others_do_not(visited: list[_work.T
 
 
 def test_full_blocks_evaluate_nothing(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_mask_blocks, "_visible", None)  # nothing calls it
+    monkeypatch.setattr(_mask_rules, "visible", None)  # nothing calls it
     seen = np.eye(6, dtype=bool)[:5]
     mask = masks.blocks(seen, BLOCK, BLOCK) & ~masks.lengths([0, 0]) & masks.prefix([90, 90])
     check_float64(SMALL, mask)
