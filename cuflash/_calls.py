@@ -14,7 +14,6 @@ from cuflash.interop import receive, warn_of_lost_gradients
 Array = Any  # of the caller's kind
 Arguments = dict[str, Any]  # a public function's locals()
 
-
 BACKWARD_FLAGS = ("deterministic", "bias_gradient")  # packed sequences have no bias
 
 

@@ -195,8 +195,6 @@ class _RowBlock:
         drop(dscores, taken, self.dout[..., -1:])
         dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
         drop(probs, taken, 0)
-        if work.bias is not None:
-            hide(dscores, tile.hidden, 0)  # dbias is no product
         return probs, dscores, slope
 
     def without_ones(self, key: np.ndarray) -> np.ndarray:
@@ -280,6 +278,7 @@ class GradientSums:
         """Add a tile's part of dbias, summed along the axes that share a bias."""
         if not self.gradient.bias_gradient:
             return
+        hide(dscores, tile.hidden, 0)  # dbias is no product
         dbias = self.work.scores_by_key_head(self.dbias_copies[split % len(self.dbias_copies)])
         batch = slice(tile.item.batch, tile.item.batch + 1)
         shared = [n == 1 for n in dbias.shape]

@@ -121,9 +121,10 @@ class Work:
         mean_rows = self.members * problem.batch * problem.seqlen_q / max(1, tiles)
         if mask.shares_heads:
             most = int(size / (mean_rows * min(TILE[1], problem.seqlen_k)))
-            tasks = items * tiles // max(1, problem.batch) if splits_rows else items
-            self.tile_heads = max(1, min(most, tasks // self.many_tasks))
-            if not splits_rows:
+            if splits_rows:
+                tasks = items * tiles // max(1, problem.batch)
+                self.tile_heads = max(1, min(most, tasks // self.many_tasks))
+            else:
                 self.tile_heads = self._heads_without_overlap(min(most, problem.heads_k), items)
         # In blocks; a few keys above the size of a tile are no reason for another one.
         tile_keys = max(1, int(size / (self.tile_heads * mean_rows)) // keys)
