@@ -14,11 +14,9 @@ so that a second run begins with the measurement.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import os
-import platform
 import re
 import statistics
 import sys
@@ -46,10 +44,11 @@ from cuflash._traits import (
     padded,
     smem_limit,
 )
-from cuflash.cli import bench, compile, suites, tables
+from cuflash.cli import arguments, reports, suites, tables
 from cuflash.cli.cells import Cell, Inputs
 from cuflash.cli.compile import Outcome, compile_all
-from cuflash.cli.gpus import CommandError, require_gpu
+from cuflash.cli.gpus import CommandError, archs_here, require_gpu
+from cuflash.cli.inputs import gpu_inputs
 from cuflash.cli.progress import progress, say
 from cuflash.cli.timing import Clock, Contender, StreamClock, measure
 
@@ -120,24 +119,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=("sm80", "sm90"), help="default: the one that serves the GPU")
     add("--head-dim", nargs="+", type=_head_dim, default=[64, 128, 256])
     add("--seqlen", nargs="+", type=_seqlen, default=[2048, 16384])
-    add("--seconds", type=bench._seconds, default=0.2, help="for each candidate in each cell")
-    add("--jobs", type=compile._positive, default=os.cpu_count(), help="default: one per core")
+    add("--seconds", type=arguments.seconds, default=0.2, help="for each candidate in each cell")
+    add("--jobs", type=arguments.positive, default=os.cpu_count(), help="default: one per core")
     add("--compile-only", action="store_true", help="registers, spills and ptxas's notes")
-    add("--arch", type=compile._architecture, help="to compile for (default: this GPU's)")
+    add("--arch", type=arguments.architecture, help="to compile for (default: this GPU's)")
     add("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
     add("--commit", help="what to record where this is no git checkout")
     return parser
 
 
 def _head_dim(text: str) -> int:
-    size = compile._head_dim(text)
+    size = arguments.head_dim(text)
     if size % 8:
         raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8, which TMA needs")
     return size
 
 
 def _seqlen(text: str) -> int:
-    length = compile._positive(text)
+    length = arguments.positive(text)
     if suites.TOKENS % length:
         raise argparse.ArgumentTypeError(f"{text!r} does not divide {suites.TOKENS} tokens")
     return length
@@ -307,7 +306,7 @@ def compiled(sweep: Sweep, options: argparse.Namespace) -> list[Compiled]:
 
 
 def _compile_only(options: argparse.Namespace) -> int:
-    arch = options.arch or compile._archs_here()[0]
+    arch = options.arch or archs_here("sweep_tiles")[0]
     sweep = Sweep.of(options, int(arch.removeprefix("sm_")))
     found = compiled(sweep, options)
     for head_dim in options.head_dim:
@@ -315,11 +314,11 @@ def _compile_only(options: argparse.Namespace) -> int:
         names = [f.name for f in fields(rows[0].candidate.tiles)]
         print(f"\n{sweep.backend} {sweep.direction} for {arch}, D {head_dim}, bfloat16\n")
         heads = [*names, "", "registers", "bytes spilled", "of stack", "of shared memory", "notes"]
-        print("\n".join(tables._header(heads)))
+        print("\n".join(tables.header(heads)))
         for row in rows:
             candidate = row.candidate
             print(
-                tables._line(
+                tables.line(
                     *(int(value) for value in asdict(candidate.tiles).values()),
                     "today's" if candidate.is_todays else "",
                     row.registers or tables.MISSING,
@@ -335,15 +334,15 @@ def _compile_only(options: argparse.Namespace) -> int:
 def _measure(options: argparse.Namespace) -> int:
     cupy = require_gpu("sweep_tiles")
     sweep = Sweep.of(options, int(cupy.cuda.Device().compute_capability))
-    machine = bench._gpu(cupy)
+    machine = reports.machine_of_gpu(cupy)
     suite = f"tiles-{sweep.backend}-{sweep.direction}"
-    output = options.output or bench._default_output(suite, machine["device"])
-    bench._require_writable(output)
+    output = options.output or reports.default_output(suite, machine["device"])
+    reports.require_writable("sweep_tiles", output)
     found = compiled(sweep, options)
     report = _report(options, machine, sweep, found)
 
     cells = list(_cells(sweep, options))
-    make = bench._gpu_inputs(cupy, cells)
+    make = gpu_inputs(cupy, cells)
     clock = StreamClock(cupy)
     for cell in progress(cells, len(cells), "cell"):
         measured = [
@@ -458,12 +457,8 @@ def _report(
         **machine,
         "suite": f"tiles {sweep.direction}",
         "backend": sweep.backend,
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or bench._commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "inputs": "standard normal",
         "dtype": "bfloat16",
-        "versions": {"python": platform.python_version(), **bench._versions()},
+        **reports.provenance("python benchmarks/sweep_tiles.py", options.commit),
         "candidates": [
             {
                 "head_dim": x.candidate.head_dim,
@@ -495,16 +490,16 @@ def table(report: dict[str, Any]) -> str:
         gains = {x["name"]: gain(cells, x["name"], todays) for x in rows}
         rows.sort(key=lambda x: gains[x["name"]] or 0.0, reverse=True)
         heads = [*rows[0]["tiles"], "", "registers", *map(_cell_name, cells), "to today's"]
-        parts += ["", f"D {head_dim}", "", *tables._header(heads)]
+        parts += ["", f"D {head_dim}", "", *tables.header(heads)]
         for row in rows:
             results = [cell["results"].get(row["name"], {}) for cell in cells]
             if any("tflops" in x for x in results):
                 parts.append(
-                    tables._line(
+                    tables.line(
                         *map(int, row["tiles"].values()),
                         "today's" if row["todays"] else "",
                         row["registers"],
-                        *(tables._number(x.get("tflops")) for x in results),
+                        *(tables.number(x.get("tflops")) for x in results),
                         f"{gains[row['name']]:.3f}" if gains[row["name"]] else tables.MISSING,
                     )
                 )

@@ -15,7 +15,8 @@ from cuflash.__main__ import main
 from cuflash._mask_blocks import NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
 from cuflash.cli import bench, contenders, rules, suites, tables
-from cuflash.cli.cells import Cell, Inputs
+from cuflash.cli.cells import Cell
+from cuflash.cli.inputs import cpu_inputs, gpu_inputs
 from cuflash.cli.rules import Documents, PrefixLm, RandomBlocks, RandomPairs, Rule, Tile, Window
 from cuflash.cli.timing import HostClock
 
@@ -104,7 +105,7 @@ def test_the_suite_of_masks() -> None:
 @pytest.mark.parametrize(("capability", "forward_tile"), [(80, (128, 64)), (90, (128, 128))])
 def test_tiles_are_those_of_the_kernels(capability: int, forward_tile: tuple[int, int]) -> None:
     cell = Cell("forward", "bfloat16", 1, 200, 2, 128, True, Window(25))
-    inputs = bench._gpu_inputs(np, [cell])(cell)
+    inputs = gpu_inputs(np, [cell])(cell)
     tiles = bench._gpu_tiles(capability, cell, inputs)
     assert tiles["forward"] == forward_tile
     block_q, block_kv = tiles["backward"]
@@ -118,7 +119,7 @@ def test_inputs_of_a_gpu_travel_once() -> None:
     sizes = ("bfloat16", 1, LENGTH, 2, 8, False)
     cells = [Cell("forward", *sizes, rule) for rule in RULES]
     cells += [Cell("forward", *sizes, bias="fixed"), Cell("forward", "bfloat16", 1, 7, 2, 8, False)]
-    make = bench._gpu_inputs(np, cells)
+    make = gpu_inputs(np, cells)
     inputs = [make(cell) for cell in cells]
     assert all(np.shares_memory(inputs[0].q, other.q) for other in inputs)
     assert [x.q.shape for x in inputs] == [cell.shape for cell in cells]
@@ -128,10 +129,6 @@ def test_inputs_of_a_gpu_travel_once() -> None:
 
 
 # ------------------------------------------------------------------------- the contenders
-
-
-def inputs_of(cell: Cell) -> Inputs:
-    return bench._cpu_inputs(cell)
 
 
 def results(found: Any, heads_first: bool) -> list[np.ndarray]:
@@ -167,7 +164,7 @@ def test_peers_compute_what_we_compute(
     library = name.partition(" ")[0]
     pytest.importorskip(library)
     cell = Cell(direction, "float32", 1, LENGTH, 3, 8, causal, rule, bias)
-    inputs = inputs_of(cell)
+    inputs = cpu_inputs(cell)
     ours = results(contenders._cuflash(HostClock(), cell, inputs).call(), heads_first=False)
     theirs = results(PEERS[name](cell, inputs).call(), heads_first=library == "torch")
     learned = bias == "learned" and direction != "forward"
@@ -184,7 +181,7 @@ def test_flex_attention_computes_what_we_compute(
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     cell = Cell("forward", "float32", 1, LENGTH, 2, 16, causal, rule, bias)
-    inputs = inputs_of(cell)
+    inputs = cpu_inputs(cell)
     (ours,) = results(contenders._cuflash(HostClock(), cell, inputs).call(), heads_first=False)
     contender = contenders._torch_flex(HostClock(), cell, inputs)
     (theirs,) = results(contender.call(), heads_first=True)
@@ -198,7 +195,7 @@ def test_a_compiled_mask_is_classified_before_the_timing(
     monkeypatch: pytest.MonkeyPatch, rule: Rule, direction: Any
 ) -> None:
     cell = Cell(direction, "float32", 1, LENGTH, 2, 8, True, rule)
-    inputs = inputs_of(cell)
+    inputs = cpu_inputs(cell)
     contender = contenders._cuflash_compiled(HostClock(), cell, inputs)
     first = results(contender.call(), heads_first=False)
     monkeypatch.setattr("cuflash._mask_blocks.classify", None)  # nothing calls it

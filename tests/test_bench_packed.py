@@ -15,8 +15,9 @@ import pytest
 
 import cuflash
 from cuflash.__main__ import main
-from cuflash.cli import bench, contenders, suites, tables
+from cuflash.cli import bench, contenders, reports, suites, tables
 from cuflash.cli.cells import Cell
+from cuflash.cli.inputs import cpu_inputs
 from cuflash.cli.rules import Documents
 from cuflash.cli.timing import HostClock
 
@@ -38,7 +39,7 @@ def results(found: Any, as_ours: Callable[[Any], Any]) -> list[np.ndarray]:
 def assert_computes_what_we_compute(
     factory: Callable[..., Any], cell: Cell, as_ours: Callable[[Any], Any]
 ) -> None:
-    inputs = bench._cpu_inputs(cell)
+    inputs = cpu_inputs(cell)
     packed = contenders._cuflash_packed(HostClock(), np.asarray, cell, inputs)
     ours = results(packed.call(), lambda x: x)
     theirs = results(factory(HostClock(), cell, inputs).call(), as_ours)
@@ -215,7 +216,7 @@ def test_what_is_ours_is_compiled_ahead_and_measured(
 
     monkeypatch.setattr(suites, "PACKED", ((UNEQUAL, 2),))
     monkeypatch.setattr(bench, "require_gpu", lambda *_: in_cupys_place)
-    monkeypatch.setattr(bench, "_gpu", lambda cupy: {"device": "GPU"})
+    monkeypatch.setattr(reports, "machine_of_gpu", lambda cupy: {"device": "GPU"})
     monkeypatch.setattr(contenders, "StreamClock", lambda cupy: HostClock())
     monkeypatch.setattr(bench, "compile_ahead", compile_ahead)
     output = tmp_path / "packed.json"

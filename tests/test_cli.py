@@ -20,12 +20,14 @@ from cuflash.cli import (
     contenders,
     extras,
     oracle,
+    reports,
     suites,
     tables,
     timing,
 )
 from cuflash.cli.cases import Case, spread
 from cuflash.cli.cells import Cell
+from cuflash.cli.inputs import cpu_inputs
 
 SOURCE = 'extern "C" __global__ void fill(float* x) { x[threadIdx.x] = VALUE; }'
 
@@ -476,7 +478,7 @@ def test_the_stream_clock_empties_the_cache_and_reads_its_events_last():
 def test_torch_computes_what_we_compute(direction):
     pytest.importorskip("torch", reason="the comparison needs torch")
     cell = Cell(direction, "float32", 2, 19, 3, 8, causal=True)
-    inputs = bench._cpu_inputs(cell)
+    inputs = cpu_inputs(cell)
     factories = contenders.cpu_contenders()
     ours, theirs = (factories[name](cell, inputs).call() for name in ("cuflash", "torch"))
     if direction == "forward":
@@ -569,10 +571,10 @@ def test_bench_refuses_an_output_that_cannot_be_written(unmeasured, tmp_path, ca
 
 
 def test_bench_leaves_no_file_where_it_does_not_measure(tmp_path):
-    bench._require_writable(tmp_path / "cpu.json")
+    reports.require_writable("bench", tmp_path / "cpu.json")
     assert not list(tmp_path.iterdir())
     (tmp_path / "cpu.json").write_text("{}")
-    bench._require_writable(tmp_path / "cpu.json")
+    reports.require_writable("bench", tmp_path / "cpu.json")
     assert (tmp_path / "cpu.json").read_text() == "{}"
 
 

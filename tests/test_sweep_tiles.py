@@ -17,7 +17,7 @@ from conftest import emulated
 import cuflash
 from cuflash import _jit, _plan, _plan_sm80, _plan_sm90, reference
 from cuflash._traits import TMA_BYTES, Traits, smem_limit
-from cuflash.cli import bench, suites
+from cuflash.cli import reports, suites
 from cuflash.cli.compile import Outcome
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "sweep_tiles.py"
@@ -181,7 +181,7 @@ def gpu(sweep_tiles: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_tiles, "require_gpu", lambda command: cupy)
     monkeypatch.setattr(sweep_tiles, "StreamClock", StandInClock)
     monkeypatch.setattr(sweep_tiles, "compile_all", compile_all)
-    monkeypatch.setattr(bench, "_gpu", lambda cupy: machine)
+    monkeypatch.setattr(reports, "machine_of_gpu", lambda cupy: machine)
     monkeypatch.setattr(cuflash, "attention", attention)
     monkeypatch.setattr(suites, "TOKENS", 256)
     monkeypatch.setattr(suites, "WIDTH", 64)

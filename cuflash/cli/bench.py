@@ -4,38 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import math
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-import cuflash
-from cuflash import _jit, _plan, _traits
-from cuflash._checks import BFLOAT16
+from cuflash import _plan, _traits
 from cuflash._problem import Problem
 from cuflash._work import MASK_BLOCK
-from cuflash.cli import contenders, suites, tables
+from cuflash.cli import arguments, contenders, reports, suites, tables
 from cuflash.cli.ahead import compile_ahead
 from cuflash.cli.cells import PRODUCTS, Cell, Inputs
 from cuflash.cli.contenders import COMPILED, DENSE, OURS, OWN, Factory
-from cuflash.cli.gpus import CommandError, driver_version, require_gpu
+from cuflash.cli.gpus import CommandError, require_gpu
+from cuflash.cli.inputs import cpu_inputs, gpu_inputs
 from cuflash.cli.progress import progress, say
 from cuflash.cli.rules import Tile
 from cuflash.cli.timing import measure, warm_up
-
-PACKAGES = ("numpy", "cupy-cuda13x", "cupy-cuda12x", "torch", "jax", "triton", "nvidia-cudnn-cu13")
-CHECKOUT = Path(cuflash.__file__).resolve().parent.parent
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -54,7 +41,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add("--quick", action="store_true", help="a few cells of the grid")
     add("--peers", nargs="*", help="only these, by the names of the table's columns")
-    add("--seconds", type=_seconds, default=0.5, help="for each contender in each cell")
+    add("--seconds", type=arguments.seconds, default=0.5, help="for each contender in each cell")
     add("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
     add("--commit", help="what to record where this is no git checkout")
     return parser
@@ -65,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     bench = _on_cpu(options.suite) if options.suite in suites.CPU_SUITES else _on_gpu(options.suite)
     # Whatever is wrong with the arguments is said before the measurement, which takes minutes.
     factories = _chosen(bench.factories, options.peers)
-    output = options.output or _default_output(options.suite, bench.machine["device"])
-    _require_writable(output)
+    output = options.output or reports.default_output(options.suite, bench.machine["device"])
+    reports.require_writable("bench", output)
     gemm, make = bench.gemm(), bench.inputs(cells)
     if options.suite in suites.GPU_SUITES:
         own = {name: factory for name, factory in factories.items() if name in OWN}
@@ -104,9 +91,9 @@ def _on_gpu(suite: str) -> Bench:
     }
     return Bench(
         factories=of_suite.get(suite, contenders.gpu_contenders)(cupy),
-        machine=_gpu(cupy),
+        machine=reports.machine_of_gpu(cupy),
         gemm=partial(contenders.gemm_tflops_gpu, cupy),
-        inputs=partial(_gpu_inputs, cupy),
+        inputs=partial(gpu_inputs, cupy),
         tiles=partial(_gpu_tiles, int(cupy.cuda.Device().compute_capability)),
     )
 
@@ -118,9 +105,9 @@ def _on_cpu(suite: str) -> Bench:
     }
     return Bench(
         factories=of_suite.get(suite, contenders.cpu_contenders)(),
-        machine=_cpu(),
+        machine=reports.machine_of_cpu(),
         gemm=contenders.gemm_tflops_cpu,
-        inputs=lambda cells: _cpu_inputs,
+        inputs=lambda cells: cpu_inputs,
         tiles=lambda cell, inputs: dict.fromkeys(PRODUCTS, Tile(*MASK_BLOCK)),
     )
 
@@ -129,16 +116,6 @@ def _suites() -> str:
     """A line each."""
     lines = {**suites.GPU_SUITES, **suites.CPU_SUITES}.items()
     return "\n".join(f"  {name:<10} {what}" for name, what in lines)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; expected seconds, more than 0")
-    return seconds
 
 
 def _chosen(factories: dict[str, Factory], peers: list[str] | None) -> dict[str, Factory]:
@@ -150,19 +127,6 @@ def _chosen(factories: dict[str, Factory], peers: list[str] | None) -> dict[str,
         known = ", ".join(repr(name) for name in factories if name not in OWN)
         raise CommandError(f"bench: --peers has {', '.join(unknown)}; expected some of {known}")
     return {n: make for n, make in factories.items() if n in OWN or n in peers}
-
-
-def _require_writable(output: Path) -> None:
-    existed = output.exists()
-    try:
-        output.open("a").close()
-    except OSError as error:
-        raise CommandError(
-            f"bench: the result cannot be written to {output}: {error.strerror}; "
-            "expected --output FILE, in a folder that exists"
-        ) from error
-    if not existed:
-        output.unlink()
 
 
 def _call_once(factories: dict[str, Factory], cell: Cell, make: Callable[[Cell], Inputs]) -> None:
@@ -205,38 +169,6 @@ def _add_shares(row: dict[str, Any], cell: Cell, tiles: dict[str, Tile]) -> None
             results[name]["over_share"] = float(f"{times[0] / (share * times[1]):.4g}")
 
 
-def _gpu_inputs(cupy: Any, cells: list[Cell]) -> Callable[[Cell], Inputs]:
-    """The largest cell's numbers travel to the GPU once, and serve all cells."""
-    rng = np.random.default_rng(0)
-    size = max(math.prod(cell.shape) for cell in cells)
-    flat = [cupy.asarray(rng.standard_normal(size, np.float32).astype(BFLOAT16)) for _ in range(4)]
-
-    def inputs(cell: Cell) -> Inputs:
-        arrays = (x[: math.prod(cell.shape)].reshape(cell.shape) for x in flat)
-        of_rule = {name: cupy.asarray(x) for name, x in _arrays_of_rule(cell).items()}
-        bias = _bias(cell)
-        return Inputs(*arrays, of_rule, None if bias is None else cupy.asarray(bias))
-
-    return inputs
-
-
-def _cpu_inputs(cell: Cell) -> Inputs:
-    rng = np.random.default_rng(0)
-    arrays = (rng.standard_normal(cell.shape, np.float32) for _ in range(4))
-    return Inputs(*arrays, _arrays_of_rule(cell), _bias(cell))
-
-
-def _arrays_of_rule(cell: Cell) -> dict[str, np.ndarray]:
-    return cell.rule.arrays(cell.seqlen) if cell.rule else {}
-
-
-def _bias(cell: Cell) -> np.ndarray | None:
-    if not cell.bias:
-        return None
-    shape = (cell.heads, cell.seqlen, cell.seqlen)
-    return np.random.default_rng(0).standard_normal(shape, np.float32).astype(cell.dtype)
-
-
 def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:
     """Of the kernels that serve a cell, whose arrays are aligned."""
     mask = cell.rule.mask(**inputs.of_rule) if cell.rule else None
@@ -251,24 +183,6 @@ def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:
     return {n: Tile(plan.tiling.block_q, plan.tiling.block_kv) for n, plan in plans.items()}
 
 
-def _gpu(cupy: Any) -> dict[str, Any]:
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    return {
-        "device": properties["name"].decode(),
-        "driver": driver_version(),
-        "nvrtc": "{}.{}".format(*_jit.nvrtc_version()),
-    }
-
-
-def _cpu() -> dict[str, Any]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"device": f"{next(models, platform.machine())}, {os.cpu_count()} cores"}
-
-
 def _report(
     options: argparse.Namespace,
     machine: dict[str, Any],
@@ -278,44 +192,7 @@ def _report(
     return {
         **machine,
         "suite": options.suite,
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or _commit(),
-        "command": "python -m cuflash " + " ".join(sys.argv[1:]),
-        "inputs": "standard normal",
-        "versions": {"python": platform.python_version(), **_versions()},
+        **reports.provenance("python -m cuflash", options.commit),
         "gemm": {"tflops": float(f"{gemm[0]:.4g}"), "by": gemm[1]},
         "cells": rows,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"cuflash": cuflash.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(CHECKOUT)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + (" with changes" if changes.stdout else "")
-
-
-def _default_output(suite: str, device: str) -> Path:
-    """A file in the checkout's benchmarks/results; without a checkout, in one made here."""
-    folder = CHECKOUT / "benchmarks" / "results"
-    if not folder.is_dir():
-        folder = Path.cwd() / "benchmarks" / "results"
-        with suppress(OSError):  # the file will not be writable then either
-            folder.mkdir(parents=True, exist_ok=True)
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    return folder / f"{datetime.date.today().isoformat()}-{slug}-{suite}.json"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -13,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cuflash import _jit, _plan
-from cuflash._checks import MAX_HEAD_DIM
 from cuflash._traits import Kernel
-from cuflash.cli.gpus import CommandError, find_gpus
+from cuflash.cli import arguments
+from cuflash.cli.gpus import CommandError, archs_here
 from cuflash.cli.progress import progress, say
 
 
@@ -37,7 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add(
         "--arch",
         nargs="+",
-        type=_architecture,
+        type=arguments.architecture,
         metavar="sm_80",
         help="architectures (default: of the GPUs here)",
     )
@@ -45,29 +44,34 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add(
         "--head-dim",
         nargs="+",
-        type=_head_dim,
+        type=arguments.head_dim,
         default=[64, 128],
         help="of q and k (default: 64 128)",
     )
-    add("--head-dim-v", type=_head_dim, help="of v (default: that of q and k)")
+    add("--head-dim-v", type=arguments.head_dim, help="of v (default: that of q and k)")
     add(
         "--group",
         "--gqa",
         nargs="+",
-        type=_positive,
+        type=arguments.positive,
         default=[1],
         help="q heads per k head (default: 1)",
     )
     add("--softcap", action="store_true", help="kernels that cap the scores")
     add("--forward-only", action="store_true", help="leave the gradients out")
     add("--nondeterministic", action="store_true", help="gradients of deterministic=False")
-    add("--jobs", type=_positive, default=os.cpu_count(), help="processes (default: one per core)")
+    add(
+        "--jobs",
+        type=arguments.positive,
+        default=os.cpu_count(),
+        help="processes (default: one per core)",
+    )
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    archs = list(dict.fromkeys(options.arch or _archs_here()))
+    archs = list(dict.fromkeys(options.arch or archs_here("compile")))
     kernels = list(dict.fromkeys(k for arch in archs for k in _kernels(arch, options)))
     outcomes = []
     for outcome in progress(compile_all(kernels, options.jobs), len(kernels), "kernel"):
@@ -81,35 +85,6 @@ def run(options: argparse.Namespace) -> int:
         f"{time.perf_counter() - start:.1f} s; {_jit.cache_dir()}"
     )
     return 1 if failed else 0
-
-
-def _architecture(text: str) -> str:
-    if not re.fullmatch(r"sm_[1-9][0-9]{1,2}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no architecture; expected one as sm_80")
-    return text
-
-
-def _head_dim(text: str) -> int:
-    size = _positive(text)
-    if size > MAX_HEAD_DIM:
-        raise argparse.ArgumentTypeError(f"{text!r} is too large; expected at most {MAX_HEAD_DIM}")
-    return size
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; expected an integer of at least 1")
-    return int(text)
-
-
-def _archs_here() -> list[str]:
-    gpus, reason = find_gpus()
-    if not gpus:
-        raise CommandError(
-            "compile needs to know for which GPUs: name architectures, as --arch sm_80 sm_90, "
-            f"for there is none here to ask ({reason})"
-        )
-    return sorted({gpu.arch for gpu in gpus})
 
 
 def _kernels(arch: str, options: argparse.Namespace) -> Iterator[Kernel]:

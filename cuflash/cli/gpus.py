@@ -52,6 +52,17 @@ def require_gpu(command: str, instead: str = "") -> Any:
     return _jit.import_cupy()
 
 
+def archs_here(command: str) -> list[str]:
+    """The architectures of the GPUs here, for which `command` compiles."""
+    gpus, reason = find_gpus()
+    if not gpus:
+        raise CommandError(
+            f"{command} needs to know for which GPUs: name architectures, as --arch sm_80 sm_90, "
+            f"for there is none here to ask ({reason})"
+        )
+    return sorted({gpu.arch for gpu in gpus})
+
+
 def driver_version() -> str:
     """The driver's own version and CUDA's, as 580.95 (CUDA 13.0)."""
     version = _jit.import_cupy().cuda.runtime.driverGetVersion()

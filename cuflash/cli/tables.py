@@ -46,19 +46,19 @@ def _rates(rows: list[dict[str, Any]], peers: list[str], gemm_tflops: float) -> 
     if any(row.get("rule") for row in rows):  # of packed sequences
         sizes = {"sequences": "rule", "tokens": "seqlen", "H": "heads"}
         others = [DOCUMENTS, *peers]
-    lines = _header(["", *sizes, "causal", OURS, "of GEMM", *others, "to best peer"])
+    lines = header(["", *sizes, "causal", OURS, "of GEMM", *others, "to best peer"])
     for row in rows:
         rates = {name: result.get("tflops") for name, result in row["results"].items()}
         ours = rates[OURS]
         best = max((rates[p] for p in peers if rates.get(p)), default=None)
         lines.append(
-            _line(
+            line(
                 row["direction"],
                 *(row[size] for size in sizes.values()),
                 "yes" if row["causal"] else "no",
-                _number(ours),
+                number(ours),
                 f"{100 * ours / gemm_tflops:.0f} %" if ours else MISSING,
-                *(_number(rates.get(name)) for name in others),
+                *(number(rates.get(name)) for name in others),
                 f"{ours / best:.2f}" if ours and best else MISSING,
             )
         )
@@ -70,40 +70,43 @@ def _shares(rows: list[dict[str, Any]], peers: list[str]) -> list[str]:
     heads = ["", "mask", "S", "H", "causal", "visible tiles", DENSE]
     for name in (OURS, COMPILED):
         heads += [name, "TFLOP/s", "over share"]
-    lines = _header([*heads, *peers, "to best peer"])
+    lines = header([*heads, *peers, "to best peer"])
     for row in rows:
         results = row["results"]
         times = {name: result.get("median_ms") for name, result in results.items()}
         ours, best = times[OURS], min((times[p] for p in peers if times.get(p)), default=None)
         own = (
-            _number(results[name].get(figure))
+            number(results[name].get(figure))
             for name in (OURS, COMPILED)
             for figure in ("median_ms", "tflops", "over_share")
         )
         lines.append(
-            _line(
+            line(
                 row["direction"],
                 row["rule"] or f"{row['bias']} bias",
                 row["seqlen"],
                 row["heads"],
                 "yes" if row["causal"] else "no",
                 f"{100 * row['share']:.3g} %",
-                _number(times[DENSE]),
+                number(times[DENSE]),
                 *own,
-                *(_number(times.get(peer)) for peer in peers),
+                *(number(times.get(peer)) for peer in peers),
                 f"{best / ours:.2f}" if ours and best else MISSING,
             )
         )
     return lines
 
 
-def _header(heads: list[str]) -> list[str]:
-    return [_line(*heads), "|" + " --- |" * len(heads)]
+def header(heads: list[str]) -> list[str]:
+    """A table's first two lines."""
+    return [line(*heads), "|" + " --- |" * len(heads)]
 
 
-def _line(*columns: Any) -> str:
+def line(*columns: Any) -> str:
+    """One line of a table."""
     return "| " + " | ".join(map(str, columns)) + " |"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, or what stands for none."""
     return MISSING if value is None else f"{value:.4g}"
