@@ -370,6 +370,12 @@ class Check(NamedTuple):
         if not hasattr(mask, "dtype"):
             found = type(mask).__name__
             self.fail(TypeError, f"{name} is a {found}; expected a mask or a boolean array")
+        if name == "mask" and mask.dtype.kind in "fV":  # bfloat16 among them
+            self.fail(
+                TypeError,
+                f"mask is {mask.dtype}; expected bool (True: attend); numbers to add to the "
+                "scores go to bias=",
+            )
         self.booleans(name, mask)
         self.broadcastable(name, mask, scores_shape)
         return mask
@@ -501,7 +507,8 @@ class Check(NamedTuple):
         allowed = (dtype, accumulator_dtype(dtype))
         if bias.dtype not in allowed:
             names = " or ".join(dict.fromkeys(map(str, allowed)))
-            self.fail(TypeError, f"bias is {bias.dtype}; expected {names}")
+            hint = "; True and False go to mask=" if bias.dtype == np.bool_ else ""
+            self.fail(TypeError, f"bias is {bias.dtype}; expected {names}{hint}")
         self.broadcastable("bias", bias, scores_shape)
         return bias
 

@@ -386,14 +386,25 @@ def test_an_offset_on_the_device_is_not_waited_for() -> None:
         make.problem(offset=make((), np.int32))
 
 
-def test_mask_dtype() -> None:
-    with refused(TypeError, "mask is float32; expected bool (True: attend)"):
-        Maker("cpu").problem(mask=np.zeros((SQ, SK), np.float32))
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(BFLOAT16)])
+def test_a_mask_of_numbers(dtype: np.dtype) -> None:
+    expected = "expected bool (True: attend); numbers to add to the scores go to bias="
+    with refused(TypeError, f"mask is {dtype}; {expected}"):
+        Maker("cpu").problem(mask=np.zeros((SQ, SK), dtype))
+
+
+def test_a_mask_of_integers() -> None:
+    with refused(TypeError, "mask is uint8; expected bool (True: attend)"):
+        Maker("cpu").problem(mask=np.zeros((SQ, SK), np.uint8))
 
 
 @pytest.mark.parametrize(
     ("dtype", "bias_dtype", "expected"),
-    [(np.float16, np.float64, "float16 or float32"), (np.float32, np.float16, "float32")],
+    [
+        (np.float16, np.float64, "float16 or float32"),
+        (np.float32, np.float16, "float32"),
+        (np.float32, np.bool_, "float32; True and False go to mask="),
+    ],
 )
 def test_bias_dtype(dtype: Any, bias_dtype: Any, expected: str) -> None:
     make = Maker("cpu")
