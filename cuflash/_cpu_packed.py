@@ -56,6 +56,13 @@ def backward(gradient: PackedGradientProblem) -> Gradients:
     return Gradients(dq, dk, dv, None, dsinks)
 
 
+def explain(problem: PackedProblem) -> tuple[tuple[int, int], None]:
+    """The queries and keys of the largest tile; a packed call has no mask."""
+    works = _works(problem, splits_rows=True) if all(problem.lse_shape) else []
+    rows = max((work.tile_rows for work in works), default=0)
+    return (rows, max((work.tile_keys for work in works), default=0)), None
+
+
 def _works(problem: PackedProblem, splits_rows: bool) -> list[Work]:
     """The sequences that have queries, each as a problem of its own."""
     sequences = {b: problem.sequence(b) for b in range(problem.batch)}

@@ -6,6 +6,7 @@ from cuflash import _launch
 from cuflash._gpu import Gpu
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
+from cuflash._traits import ForwardPlan
 
 
 def forward(problem: PackedProblem, on: Gpu | None = None) -> tuple[Array, Array]:
@@ -29,6 +30,11 @@ def backward(gradient: PackedGradientProblem, on: Gpu | None = None) -> Gradient
         on,
     )
     return grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0])
+
+
+def explain(problem: PackedProblem, on: Gpu | None = None) -> tuple[ForwardPlan, str]:
+    """The plan of a forward pass, and why it is this backend's."""
+    return _launch.explain(_as_batch(problem), on)
 
 
 def _as_batch(problem: PackedProblem) -> Problem:

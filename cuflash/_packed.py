@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -164,6 +165,21 @@ class PackedProblem:
             score_mod=self.score_mod,
             out=None if self.out is None else self.out[None, rows],
         )
+
+
+def dense_or_packed(
+    function: str, device: str, arguments: dict[str, Any]
+) -> Problem | PackedProblem:
+    """The problem of a call of `attention` or, where it has cu_seqlens, of `attention_varlen`."""
+    arguments = dict(arguments)
+    if arguments["cu_seqlens_q"] is None and arguments["cu_seqlens_k"] is None:
+        del arguments["cu_seqlens_q"], arguments["cu_seqlens_k"]
+        return Problem.create(function, device, **arguments)
+    for name in ("q_lens", "kv_lens", "mask", "bias"):
+        if arguments.pop(name) is not None:
+            message = f"{name} is given beside cu_seqlens; expected one of them"
+            Check(function, device).fail(ValueError, message)
+    return PackedProblem.create(function, device, **arguments)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

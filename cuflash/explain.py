@@ -7,10 +7,11 @@ from typing import Any
 
 from cuflash._mask_blocks import TileCounts
 from cuflash._mask_tree import Mask
-from cuflash._problem import Problem
-from cuflash.attention import Array, Integers, Window
+from cuflash._packed import PackedProblem, dense_or_packed
+from cuflash.attention import DENSE, Array, Integers, Window
 from cuflash.interop import receive
 from cuflash.score_mod import ScoreMod
+from cuflash.varlen import PACKED
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def explain(
     q: Array,
     k: Array,
     v: Array,
+    cu_seqlens_q: Integers | None = None,
+    cu_seqlens_k: Integers | None = None,
     *,
     causal: bool = False,
     offset: int | Integers | None = None,
@@ -54,16 +57,18 @@ def explain(
     score_mod: ScoreMod | None = None,
     out: Array | None = None,
 ) -> Explanation:
-    """Which backend and kernel `attention` would use for these arguments, and why.
+    """Which backend and kernel `attention` or `attention_varlen` would use, and why.
 
-    No attention is computed and no kernel compiled; the arguments are checked as `attention` checks
-    them. On the CPU it counts how many tiles a mask hides, shows in part and in full, of all batch
+    No attention is computed and no kernel compiled; the arguments are checked as these check them.
+    On the CPU it counts how many tiles a mask hides, shows in part and in full, of all batch
     entries and query heads; a mask on a GPU is not read, which would be to wait for it.
 
     Parameters
     ----------
     q, k, v : arrays
-        As in `attention`.
+        As in `attention`, or, with `cu_seqlens_q` and `cu_seqlens_k`, as in `attention_varlen`.
+    cu_seqlens_q, cu_seqlens_k : (B + 1,) integers
+        As in `attention_varlen`. Without them it is a call of `attention`.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias, out
         As in `attention`.
     alibi_slopes, sinks, dropout, seed, score_mod
@@ -94,16 +99,13 @@ def explain(
 
 def _explain(function: str, arguments: dict[str, Any]) -> Explanation:
     with receive(function, ("q", "k", "v"), arguments) as call:
-        problem = call.upload(Problem.create(function, call.device, **call.arguments))
-        # As in attention.py: only calls on a GPU need CuPy, and no import a backend.
+        problem = call.upload(dense_or_packed(function, call.device, call.arguments))
+        kind = PACKED if isinstance(problem, PackedProblem) else DENSE
+        backend = kind.backend(call.device)
         if call.device == "cpu":
-            from cuflash import cpu
-
-            block, tiles = cpu.explain(problem)
+            block, tiles = backend.explain(problem)
             return Explanation("cpu", "the arrays are in the memory of the CPU", "", *block, tiles)
-        from cuflash import _launch
-
-        plan, reason = _launch.explain(problem)
+        plan, reason = backend.explain(problem)
     return Explanation(
         plan.backend, reason, plan.kernel.source, plan.tiling.block_q, plan.tiling.block_kv
     )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuflash._checks import Check
 from cuflash._mask_tree import Mask
-from cuflash._packed import PackedProblem
-from cuflash._problem import Problem
+from cuflash._packed import dense_or_packed
 from cuflash.attention import Array, Integers, Window
 from cuflash.interop import receive
 from cuflash.score_mod import ScoreMod
@@ -83,13 +81,4 @@ def validate(
 
 def _validate(function: str, arguments: dict[str, Any]) -> None:
     with receive(function, ("q", "k", "v"), arguments) as call:
-        given, kind = dict(call.arguments), Problem
-        if given["cu_seqlens_q"] is None and given["cu_seqlens_k"] is None:
-            del given["cu_seqlens_q"], given["cu_seqlens_k"]
-        else:
-            kind = PackedProblem
-            for name in ("q_lens", "kv_lens", "mask", "bias"):
-                if given.pop(name) is not None:
-                    message = f"{name} is given beside cu_seqlens; expected one of them"
-                    Check(function, call.device).fail(ValueError, message)
-        kind.create(function, call.device, **given).check_values(function)
+        dense_or_packed(function, call.device, call.arguments).check_values(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import mask_cases
@@ -119,6 +120,32 @@ def test_the_size_of_a_tile_is_that_of_the_largest(
     assert [found.block_q, found.block_kv] == np.max(sizes, axis=0).tolist()
     tile = f"{found.block_q} x {found.block_kv}"
     assert str(found) == f"cpu, tiles of {tile}: the arrays are in the memory of the CPU"
+
+
+def test_the_size_of_a_packed_tile_is_that_of_the_largest() -> None:
+    q, k, v = (np.zeros((1500, heads, 8), np.float32) for heads in (4, 2, 2))
+    queries, keys = [0, 70, 70, 1000, 1500], [0, 30, 200, 1500, 1500]
+    sequences = [
+        cuflash.explain(q[None, i:j], k[None, m:n], v[None, m:n], causal=True)
+        for (i, j), (m, n) in zip(pairwise(queries), pairwise(keys), strict=True)
+        if i < j
+    ]
+    found = cuflash.explain(q, k, v, queries, keys, causal=True)
+    assert found.block_q == max(x.block_q for x in sequences) > 70
+    assert found.block_kv == max(x.block_kv for x in sequences) > 200
+    assert found.backend == "cpu" and found.tiles is None
+
+
+def test_sequences_without_tokens_have_no_tiles() -> None:
+    q, k, v = np.zeros((3, 5, 1, 8), np.float32)
+    found = cuflash.explain(q, k, v, [0, 0, 0], [0, 2, 5])
+    assert (found.block_q, found.block_kv) == (0, 0)
+
+
+def test_explain_takes_sequences_or_masks() -> None:
+    q, k, v = np.zeros((3, 5, 1, 8), np.float32)
+    with pytest.raises(ValueError, match=r"cuflash\.explain: mask is given beside cu_seqlens;"):
+        cuflash.explain(q, k, v, [0, 5], [0, 5], mask=masks.causal())
 
 
 @pytest.mark.parametrize("axis", ["batch", "seqlen_q", "seqlen_k"])

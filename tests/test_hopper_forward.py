@@ -13,7 +13,8 @@ from backends import EmulatedGpu, _arrays_of
 from conftest import emulated
 from injection import assert_noticed, changed, put_in
 
-from cuflash import _gpu, _launch, _params, _traits
+from cuflash import _gpu, _launch, _launch_packed, _params, _traits
+from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
@@ -303,6 +304,16 @@ def test_what_hopper_leaves_to_sm80() -> None:
     ):
         backend, why = explained(LONG, k=k)
         assert backend == "sm80" and reason in why
+
+
+def test_hopper_takes_packed_sequences() -> None:
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in LONG.arrays()[:3])
+    edges = np.array([0, 3, len(q)]), np.array([0, 5, len(k)])
+    problem = PackedProblem.create("explain", "cuda", q, k, v, *edges)
+    for capability, backend in ((80, "sm80"), (90, "sm90")):
+        plan, _ = _launch_packed.explain(problem, EmulatedGpu(capability, "lazy", 0, [q, k, v]))
+        assert plan.backend == backend and plan.kernel.source == f"flash_fwd_{backend}.cu"
+        assert dict(plan.kernel.constants)["PACKED"]
 
 
 def test_empty_keys_are_an_obstacle() -> None:
