@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import _jit, _plan, reference
+from cuflash import _jit, reference
 from cuflash.__main__ import main
 from cuflash._checks import BFLOAT16, FLOAT64
 from cuflash._traits import Kernel
@@ -19,6 +19,7 @@ from cuflash.cli import (
     compile,
     contenders,
     extras,
+    launches,
     oracle,
     reports,
     suites,
@@ -148,6 +149,9 @@ def test_info_says_which_backend_serves_which_gpu_and_why(gpus, cache, capsys):
     assert "1 kernels, 1.0 MiB" in out
 
 
+KIND = launches.CallKind("bfloat16", 32, 32, backward=False)
+
+
 @pytest.fixture
 def tiny_kernel(tmp_path, monkeypatch, cache):
     """The planner asks for one kernel per head size, and each compiles in no time."""
@@ -156,11 +160,11 @@ def tiny_kernel(tmp_path, monkeypatch, cache):
     sources.mkdir()
     (sources / "fill.cu").write_text(SOURCE)
 
-    def kernels_for(arch, dtype, head_dim, head_dim_v, **options):
-        return [Kernel("fill.cu", "fill", arch, (("VALUE", head_dim),), 32, 0)]
+    def kernels_of(kind, arch):
+        return [Kernel("fill.cu", "fill", arch, (("VALUE", kind.head_dim),), 32, 0)]
 
     monkeypatch.setattr(_jit, "kernel_dir", lambda: sources)
-    monkeypatch.setattr(_plan, "kernels_for", kernels_for)
+    monkeypatch.setattr(launches, "kernels_of", kernels_of)
     return sources / "fill.cu"
 
 
@@ -206,6 +210,39 @@ def test_compile_stops_where_the_cache_cannot_be_written(tmp_path, monkeypatch, 
     assert "a file/cache cannot be written" in printed.err
 
 
+def test_compile_hands_on_masks_and_terms(tiny_kernel, monkeypatch, cache):
+    kinds = []
+    monkeypatch.setattr(launches, "kernels_of", lambda kind, arch: kinds.append(kind) or [])
+    sizes = ["--arch", "sm_80", "--head-dim", "64", "--dtype", "float16", "--jobs", "1"]
+    terms = ["--mask", "causal & ~dense", "--bias-bits", "32", "--alibi", "--sinks", "--dropout"]
+    assert main(["compile", *sizes, *terms]) == 0
+    assert main(["compile", *sizes, "--packed", "--group", "2", "--nondeterministic"]) == 0
+    given = {"mask": "causal & ~dense", "bias_bits": 32}
+    given |= dict.fromkeys(("alibi", "sinks", "dropout"), True)
+    packed = {"group": 2, "packed": True, "deterministic": False}
+    assert kinds == [launches.CallKind("float16", 64, 64, **x) for x in (given, packed)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--packed", "--mask", "causal"], "--packed goes with neither --mask nor --bias-bits"),
+        (["--packed", "--bias-bits", "16"], "--packed goes with neither --mask nor --bias-bits"),
+        (["--mask", " & ".join(["causal"] * 33)], "compile: mask and score_mod have 33 rules and named "),
+    ],
+)
+def test_compile_refuses_what_no_call_has(arguments, message, cache, capsys):
+    pytest.importorskip("cupy", reason="compiling needs CuPy")
+    assert main(["compile", "--arch", "sm_80", "--jobs", "1", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_compile_refuses_what_is_no_mask(cache, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["compile", "--arch", "sm_80", "--mask", "causal & sliding"])
+    assert "'sliding' is no rule; expected causal, window, " in capsys.readouterr().err
+
+
 def test_compile_counts_an_architecture_once(tiny_kernel, cache, capsys):
     assert main(["compile", "--arch", "sm_80", "sm_80", "--head-dim", "64", "--jobs", "1"]) == 0
     assert "1 kernels for sm_80: 1 compiled" in capsys.readouterr().out
@@ -221,7 +258,7 @@ def test_compile_runs_the_planners_kernels_in_processes(cache, capsys):
     command = ["compile", "--arch", "sm_80", "--head-dim", "32", "--dtype", "bfloat16"]
     assert main([*command, "--forward-only", "--jobs", "2"]) == 0
     assert " 0 failed" in capsys.readouterr().out
-    kernels = _plan.kernels_for("sm_80", "bfloat16", 32, 32, backward=False)
+    kernels = launches.kernels_of(KIND, "sm_80")
     assert len(list(cache.glob("*.cubin"))) == len(set(kernels))
 
 
@@ -229,7 +266,7 @@ def test_what_calls_will_launch_is_compiled_ahead(cache, monkeypatch):
     pytest.importorskip("cupy", reason="compiling needs CuPy")
     from cuflash._gpu import Gpu
 
-    (kernel,) = set(_plan.kernels_for("sm_80", "bfloat16", 32, 32, backward=False)[:1])
+    (kernel,) = set(launches.kernels_of(KIND, "sm_80")[:1])
     gpu = Gpu.__new__(Gpu)  # of no device: a launch in earnest would fail
     calls = []
 

@@ -157,27 +157,6 @@ def test_sections_of_heads_share_the_cache() -> None:
     assert _plan.heads_per_section(none, device) == 64
 
 
-def test_kernels_for_names_each_kernel_of_a_call() -> None:
-    kernels = _plan.kernels_for("sm_80", "float16", 64, 64, group=4)
-    backward = ["flash_bwd_prep.cu", "flash_bwd_sm80.cu", "flash_bwd_post.cu"]
-    assert [kernel.source for kernel in kernels] == ["flash_fwd_sm80.cu"] * 2 + backward
-    assert all(dict(kernel.constants)["PACK_GROUP"] == 1 for kernel in kernels)
-    odd = _plan.kernels_for("sm_90", "float16", 33, 64, backward=False)
-    assert [dict(kernel.constants)["VEC_BYTES"] for kernel in odd] == [2, 2]
-
-
-def test_kernels_for_a_hopper_gpu_are_of_both_kinds() -> None:
-    both = _plan.kernels_for("sm_90", "float16", 64, 64, group=4)
-    old = _plan.kernels_for("sm_89", "float16", 64, 64, group=4)
-    assert [kernel.source for kernel in both[: len(old)]] == [kernel.source for kernel in old]
-    assert [kernel.source for kernel in both[len(old) :]] == [
-        "flash_fwd_sm90.cu",
-        "flash_bwd_prep.cu",
-        "flash_bwd_sm90.cu",
-        "flash_bwd_post.cu",
-    ]
-
-
 def test_planning_needs_no_cupy() -> None:
     code = "import sys, cuflash._plan; sys.exit('cupy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from cuflash import _jit, _plan
+from cuflash import _jit
 from cuflash._traits import Kernel
-from cuflash.cli import arguments
+from cuflash.cli import arguments, launches
 from cuflash.cli.gpus import CommandError, archs_here
 from cuflash.cli.progress import progress, say
 
@@ -58,6 +59,22 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="q heads per k head (default: 1)",
     )
     add("--softcap", action="store_true", help="kernels that cap the scores")
+    add(
+        "--mask",
+        type=_mask,
+        help=f"kernels of a mask: {', '.join(launches.RULES)}, joined by &, | and ~",
+    )
+    add(
+        "--bias-bits",
+        type=int,
+        choices=(16, 32),
+        default=0,
+        help="of an element of a bias: 16 for one of q's dtype, 32 for float32",
+    )
+    add("--alibi", action="store_true", help="kernels of alibi_slopes")
+    add("--sinks", action="store_true", help="kernels of sinks")
+    add("--dropout", action="store_true", help="kernels of dropout")
+    add("--packed", action="store_true", help="kernels of attention_varlen")
     add("--forward-only", action="store_true", help="leave the gradients out")
     add("--nondeterministic", action="store_true", help="gradients of deterministic=False")
     add(
@@ -72,6 +89,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     archs = list(dict.fromkeys(options.arch or archs_here("compile")))
+    _require_compiler()
     kernels = list(dict.fromkeys(k for arch in archs for k in _kernels(arch, options)))
     outcomes = []
     for outcome in progress(compile_all(kernels, options.jobs), len(kernels), "kernel"):
@@ -87,31 +105,54 @@ def run(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _mask(text: str) -> str:
+    try:
+        launches.mask_of(text, queries=1, keys=1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def _kinds(options: argparse.Namespace) -> Iterator[launches.CallKind]:
+    if options.packed and (options.mask or options.bias_bits):
+        raise CommandError("compile: --packed goes with neither --mask nor --bias-bits")
+    for dtype, head_dim, group in product(options.dtype, options.head_dim, options.group):
+        yield launches.CallKind(
+            dtype,
+            head_dim,
+            options.head_dim_v or head_dim,
+            group,
+            softcap=options.softcap,
+            mask=options.mask,
+            bias_bits=options.bias_bits,
+            alibi=options.alibi,
+            sinks=options.sinks,
+            dropout=options.dropout,
+            packed=options.packed,
+            backward=not options.forward_only,
+            deterministic=not options.nondeterministic,
+        )
+
+
 def _kernels(arch: str, options: argparse.Namespace) -> Iterator[Kernel]:
     try:
-        for dtype in options.dtype:
-            for head_dim in options.head_dim:
-                for group in options.group:
-                    yield from _plan.kernels_for(
-                        arch,
-                        dtype,
-                        head_dim,
-                        options.head_dim_v or head_dim,
-                        group=group,
-                        softcap=options.softcap,
-                        backward=not options.forward_only,
-                        deterministic=not options.nondeterministic,
-                    )
+        for kind in _kinds(options):
+            yield from launches.kernels_of(kind, arch)
     except (NotImplementedError, ValueError) as error:
-        raise CommandError(f"compile: {error}") from error
+        message = str(error).removeprefix("cuflash.compile: ")
+        raise CommandError(f"compile: {message}") from error
 
 
-def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Outcome]:
-    """What becomes of each; NVRTC compiles one kernel at a time in a process: there are several."""
+def _require_compiler() -> None:
     try:
         _jit.nvrtc_version()
     except ImportError as error:
         raise CommandError(f"compile: {str(error).removeprefix('cuflash: ')}") from error
+
+
+def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Outcome]:
+    """What becomes of each; NVRTC compiles one kernel at a time in a process: there are several."""
+    _require_compiler()
     if jobs == 1:
         yield from map(_compile, kernels)
         return
