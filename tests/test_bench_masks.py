@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cuflash import _traits, _work, reference
+from cuflash import _traits, _work
 from cuflash.__main__ import main
 from cuflash._mask_blocks import NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
+from cuflash._reference_masks import visibility
 from cuflash.cli import bench, contenders, rules, suites, tables
 from cuflash.cli.cells import Cell
 from cuflash.cli.inputs import cpu_inputs, gpu_inputs
@@ -33,7 +34,7 @@ def visible(rule: Rule | None, causal: bool) -> np.ndarray:
     """(S, S), by the reference and our mask."""
     q = np.zeros((1, LENGTH, 1, 1))
     mask = rule.mask(**rule.arrays(LENGTH)) if rule else None
-    return reference._visible(q, q, causal, None, None, None, None, mask)[0, 0]
+    return visibility(q, q, causal, None, None, None, None, mask)[0, 0]
 
 
 @either_way

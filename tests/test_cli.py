@@ -228,7 +228,10 @@ def test_compile_hands_on_masks_and_terms(tiny_kernel, monkeypatch, cache):
     [
         (["--packed", "--mask", "causal"], "--packed goes with neither --mask nor --bias-bits"),
         (["--packed", "--bias-bits", "16"], "--packed goes with neither --mask nor --bias-bits"),
-        (["--mask", " & ".join(["causal"] * 33)], "compile: mask and score_mod have 33 rules and named "),
+        (
+            ["--mask", " & ".join(["causal"] * 33)],
+            "compile: mask and score_mod have 33 rules and named ",
+        ),
     ],
 )
 def test_compile_refuses_what_no_call_has(arguments, message, cache, capsys):

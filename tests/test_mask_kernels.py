@@ -12,8 +12,9 @@ from backends import EmulatedBackend, EmulatedGpu, _arrays_of
 from conftest import emulated
 from test_attention import check, check_non_finite, run
 
-from cuflash import _classify, _launch, _traits, masks, reference
+from cuflash import _classify, _launch, _traits, masks
 from cuflash._problem import GradientProblem, Problem
+from cuflash._reference_masks import visibility
 from cuflash._traits import Tiling
 from cuflash.cli.cases import Case
 from cuflash.masks import Mask
@@ -42,9 +43,7 @@ def visible_pairs(problem: Problem) -> np.ndarray:
     left, right = problem.window
     window = None if left is None and right is None else problem.window
     lengths = (problem.q_lens, problem.kv_lens)
-    return reference._visible(
-        problem.q, problem.k, False, problem.offset, window, *lengths, problem.mask
-    )
+    return visibility(problem.q, problem.k, False, problem.offset, window, *lengths, problem.mask)
 
 
 def brute_force(problem: Problem, tiling: Tiling, whole_rows: bool) -> np.ndarray:

@@ -18,6 +18,7 @@ import cuflash
 from cuflash import _mask_blocks, _mask_rules, _terms, _work, masks, reference
 from cuflash._mask_blocks import ALL, NOTHING, Grid, classify
 from cuflash._mask_tree import ScoresShape
+from cuflash._reference_masks import visibility
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
 from cuflash.masks import Mask
@@ -231,7 +232,7 @@ def test_what_a_mask_hides_may_be_nan(small_tiles: None, mask: Mask, dtype: str)
     """Everywhere that nobody sees, in k and v, and where nothing is seen, in q, dout and dlse."""
     case = replace(SMALL, dtype=np.dtype(dtype))
     q, k, v, dout, dlse = case.arrays()
-    visible = reference._visible(q, k, False, None, None, None, None, mask)
+    visible = visibility(q, k, False, None, None, None, None, mask)
     right = expected(case, {"mask": mask})
     blind = ~visible.any(axis=3).swapaxes(1, 2)  # (B, Sq, Hq)
     unseen = ~visible.reshape(2, 2, 2, 70, 90).any(axis=(2, 3)).swapaxes(1, 2)  # (B, Sk, Hk)
@@ -312,7 +313,7 @@ def test_visited_blocks_are_the_visible_ones(
         mask = mask_cases.tree(rng, case, 3) if is_tree else mask_cases.LEAVES[kind](rng, case)
         q, k, v, dout, _ = case.arrays()
         options = {**case.options, "causal": causal, "mask": mask}
-        visible = reference._visible(q, k, causal, None, None, None, case.options["kv_lens"], mask)
+        visible = visibility(q, k, causal, None, None, None, case.options["kv_lens"], mask)
         right = {tuple(map(int, place)) for place in np.argwhere(blocks_of(visible))}
         visited.clear()
         out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
@@ -330,7 +331,7 @@ def test_classification_is_never_wrong(rng: np.random.Generator, kind: str) -> N
         is_tree = kind == "tree"
         mask = mask_cases.tree(rng, SMALL, 4) if is_tree else mask_cases.LEAVES[kind](rng, SMALL)
         q, k, *_ = SMALL.arrays()
-        counts = blocks_of(reference._visible(q, k, False, None, None, None, None, mask))
+        counts = blocks_of(visibility(q, k, False, None, None, None, None, mask))
         sizes = blocks_of(np.ones((2, 4, 70, 90), bool))
         grid = Grid(ScoresShape(2, 4, 2, 70, 90), np.array([20, 20]), (BLOCK, BLOCK))
         states = classify(mask, grid)

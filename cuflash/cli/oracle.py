@@ -13,6 +13,7 @@ import numpy as np
 
 from cuflash import reference
 from cuflash._problem import Gradients
+from cuflash._reference_masks import centers_of, group_of, visibility
 from cuflash.cli.cases import Arrays
 
 FLOAT32_RESIDUE = 2e-5  # of sums of products of standard normal numbers, in absolute terms
@@ -77,11 +78,11 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
         return x.astype(dtype).astype(np.float64)
 
     q, k, v, dout, dlse = arrays
-    dtype, group = q.dtype, reference._group(q, k)
+    dtype, group = q.dtype, group_of(q, k)
     given = options.get
     bias, sinks = given("bias"), given("sinks")
-    visible = reference._visible(q, k, *map(given, VISIBILITY))
-    centers = reference._centers(q, k, *map(given, ("offset", "q_lens", "kv_lens")))
+    visible = visibility(q, k, *map(given, VISIBILITY))
+    centers = centers_of(q, k, *map(given, ("offset", "q_lens", "kv_lens")))
     added = reference._added(centers, k, given("alibi_slopes"), bias)
     scale = reference._scale(given("scale"), q)
     q, dout = (reference._heads_first(x, given("q_lens")) for x in (q, dout))
