@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from cuflash._traits import Kernel
 from cuflash.cli import (
     ahead,
     bench,
+    calls,
     check,
     compile,
     contenders,
@@ -26,7 +29,8 @@ from cuflash.cli import (
     tables,
     timing,
 )
-from cuflash.cli.cases import Case, spread
+from cuflash.cli.cases import Case, crowds, spread
+from cuflash.cli.cases import races as races_of_check
 from cuflash.cli.cells import Cell
 from cuflash.cli.inputs import cpu_inputs
 
@@ -288,6 +292,7 @@ def test_what_calls_will_launch_is_compiled_ahead(cache, monkeypatch):
         call()
 
 
+SMS = 132  # of an H100
 SMALL = Case(batch=1, seqlen_q=9, seqlen_k=20, head_dim=8, causal=True)
 
 
@@ -297,7 +302,7 @@ def check_on_cpu(monkeypatch):
     cases = [SMALL, Case(batch=2, seqlen_q=5, seqlen_k=7, heads_q=4, kv_lens=(0, 3), layout="BHSD")]
     monkeypatch.setattr(check, "require_gpu", lambda command: np)
     monkeypatch.setattr(check, "compile_ahead", lambda calls: None)
-    monkeypatch.setattr(check, "spread", lambda quick: iter(cases))
+    monkeypatch.setattr(check, "_every", lambda quick: iter(cases))
 
 
 def test_check_passes_what_is_right(check_on_cpu, capsys):
@@ -353,6 +358,94 @@ def test_check_runs_as_often_as_asked(check_on_cpu, monkeypatch, capsys):
         assert "is no number of runs; expected 1 or more" in capsys.readouterr().err
 
 
+def test_check_tells_zero_from_minus_zero(check_on_cpu, monkeypatch, capsys):
+    sound, signs = cuflash.attention_backward, iter([1, 1, 1, -1])
+
+    def turning(*arrays, **options):
+        gradients = sound(*arrays, **options)
+        return gradients._replace(dk=np.copysign(gradients.dk * 0, next(signs)))
+
+    monkeypatch.setattr(cuflash, "attention_backward", turning)
+    assert main(["check"]) == 1
+    assert capsys.readouterr().out.count("dk differs from run to run") == 1
+
+
+def test_check_is_quick_and_looks_for_races(check_on_cpu, monkeypatch, capsys):
+    monkeypatch.undo()
+    checked = []
+    monkeypatch.setattr(check, "require_gpu", lambda command: np)
+    monkeypatch.setattr(check, "compile_ahead", lambda calls: None)
+    monkeypatch.setattr(check, "check", lambda *given: checked.append(given) or ([], ""))
+    assert main(["check"]) == main(["check", "--quick"]) == main(["check", "--races"]) == 0
+    cases = [case for case, *_ in checked]
+    every, races = [*spread(), *crowds()], list(races_of_check())
+    quick = cases[len(every) : -len(races)]
+    assert cases == [*every, *quick, *races] and len(races) == len(set(map(str, races))) == 20
+    assert len(every) // 7 <= len(quick) <= len(every) // 5 and set(quick) < set(every)
+    runs = [given[-1] for given in checked]
+    assert runs == [2] * (len(cases) - 20) + [1000] * 20
+    with pytest.raises(SystemExit):
+        main(["check", "--races", "--quick"])
+
+
+def test_crowds_and_races_fill_a_gpu():
+    few = {str(case) for case in spread() if work_items(case) > SMS}
+    assert not few  # of crowds alone a block takes several items
+    assert all(work_items(case) > SMS for case in crowds())
+    plain = [case for case in crowds() if case.call == "attention" and not case.extras]
+    assert {case.head_dim for case in plain} == {64, 128, 256}
+    assert all(work_items(case) > 2 * SMS for case in plain)  # whose blocks are persistent
+    assert all(work_items(case) > SMS for case in races_of_check())
+    shapes = {(case.head_dim, case.head_dim_v or case.head_dim) for case in races_of_check()}
+    assert shapes == {(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)}
+
+
+def work_items(case):
+    """Of Hopper's forward."""
+    block_q = 192 if case.head_dim <= 64 else 128
+    rows = case.q_lens or [case.seqlen_q] * case.batch
+    return case.heads_q * sum(-(-n // block_q) for n in rows)
+
+
+@pytest.mark.parametrize("call", ["packed", "compiled"])
+def test_check_passes_other_calls(call, monkeypatch):
+    case = next(case for case in spread() if case.call == call)
+    case = replace(case, head_dim=8, seqlen_q=300, seqlen_k=517)
+    assert not check.check(case, np)[0]
+    name = {"packed": "attention_varlen_backward", "compiled": "attention_backward"}[call]
+    sound = getattr(cuflash, name)
+
+    def wrong(*arrays, **options):
+        gradients = sound(*arrays, **options)
+        gradients.dk[..., -1] += 1
+        return gradients
+
+    monkeypatch.setattr(cuflash, name, wrong)
+    faults, _ = check.check(case, np)
+    assert faults[0].startswith("dk is off by ")
+
+
+def test_check_compiles_a_mask_that_is_to_be_compiled(monkeypatch):
+    case = Case(seqlen_q=50, seqlen_k=70, head_dim=8, extras=("documents",), call="compiled")
+    seen = []
+    sound = cuflash.attention
+    monkeypatch.setattr(
+        cuflash, "attention", lambda *x, **y: seen.append(type(y["mask"])) or sound(*x, **y)
+    )
+    check.check(case, np, runs=1)
+    assert [kind.__name__ for kind in seen] == ["Compiled"]
+
+
+def test_check_ends_where_the_gpu_hangs(check_on_cpu, monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(check, "LIMIT_SECONDS", 0.05)
+    monkeypatch.setattr(check.os, "_exit", lambda status: status == 1 and ended.set())
+    monkeypatch.setattr(cuflash, "attention", lambda *x, **y: ended.wait(20) and None)
+    main(["check"])
+    assert ended.is_set()
+    assert f"FAIL  {SMALL}  no result after 0.05 s: the GPU hangs" in capsys.readouterr().out
+
+
 def test_check_goes_on_after_an_exception(check_on_cpu, monkeypatch, capsys):
     def absent(*arrays, **options):
         raise NotImplementedError("no such kernel\nand more")
@@ -367,7 +460,7 @@ def test_check_goes_on_after_an_exception(check_on_cpu, monkeypatch, capsys):
 def test_the_spread_is_wide():
     cases = list(spread())
     assert len(cases) == len(set(map(str, cases))) >= 60
-    assert 8 <= len(list(spread(quick=True))) <= 20
+    assert {case.call for case in cases} == {"attention", "compiled", "packed"}
     for option in ("causal", "offset", "window", "scale", "softcap", "q_lens", "kv_lens"):
         assert any(option in case.options for case in cases), option
     assert {case.layout for case in cases} == {"BSHD", "BHSD", "unaligned"}
@@ -394,7 +487,7 @@ def test_check_hands_over_arrays_of_the_device(name):
 
     xp = types.SimpleNamespace(asarray=lambda x: x.view(OnDevice))
     for value in Case(extras=(name,)).options.values():
-        moved = check._on_device(value, xp)
+        moved = calls._on_device(value, xp)
         arrays = moved.arrays().values() if hasattr(moved, "arrays") else [moved]
         assert all(isinstance(x, (OnDevice, float, int)) for x in arrays)
 

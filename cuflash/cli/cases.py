@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -49,6 +49,8 @@ class Case:
     kv_lens: tuple[int, ...] | None = None
     extras: tuple[str, ...] = ()  # names of extras.MASKS and extras.TERMS
     deterministic: bool = True
+    # The function, or the mask's: packed takes the valid rows, one sequence behind the other.
+    call: Literal["attention", "compiled", "packed"] = "attention"
 
     def __str__(self) -> str:
         head_dim_v = self.head_dim_v or self.head_dim
@@ -60,6 +62,7 @@ class Case:
         others += [f"{name}={value}" for name, value in self._given().items()]
         others += self.extras
         others += [] if self.deterministic else ["nondeterministic"]
+        others += [self.call] if self.call != "attention" else []
         return " ".join([sizes, *others]).replace(", ", ",")
 
     @property
@@ -110,10 +113,38 @@ class Case:
         }
 
 
-def spread(quick: bool = False) -> Iterator[Case]:
-    """Every option and many sizes, each alone and some together; `quick` is a sixth of them."""
-    cases = [*_sizes(), *_visibility(), *_masks(), *_terms(), *_the_rest()]
-    yield from cases[::6] if quick else cases
+def spread() -> Iterator[Case]:
+    """Every option and many sizes, each alone and some together."""
+    yield from (*_sizes(), *_visibility(), *_masks(), *_terms(), *_the_rest(), *_calls())
+
+
+def crowds() -> Iterator[Case]:
+    """More tiles than a GPU has SMs: blocks that take several, and that wait for one another."""
+    crowd = Case(batch=4, seqlen_q=400, seqlen_k=400, heads_q=32, heads_k=32)
+    yield replace(crowd, causal=True)
+    yield replace(crowd, head_dim=128, heads_k=8, seqlen_k=330, causal=True, dtype=FLOAT16)
+    yield replace(crowd, head_dim=256, batch=3, seqlen_q=300, seqlen_k=600)
+    yield replace(crowd, head_dim=128, extras=("documents",))
+    yield replace(crowd, q_lens=(400, 0, 77, 300), kv_lens=(400, 20, 390, 129), call="packed")
+
+
+def races() -> Iterator[Case]:
+    """Twenty problems to be run again and again: what could race does so beside many blocks."""
+    crowd = Case(seqlen_q=256, seqlen_k=520, heads_q=36, heads_k=36, causal=True)
+    for dtype, head_dim in ((BFLOAT16, 64), (FLOAT16, 96), (BFLOAT16, 128), (FLOAT16, 256)):
+        same = replace(crowd, dtype=dtype, head_dim=head_dim)
+        yield same
+        yield replace(same, causal=False, heads_k=6)
+        yield replace(same, window=(100, 20))
+    yield replace(crowd, head_dim=192, head_dim_v=128)
+    yield replace(crowd, head_dim=128, layout="unaligned")  # the sm80 kernels
+    yield replace(crowd, head_dim=128, softcap=5.0, heads_k=1)
+    yield replace(crowd, head_dim=128, extras=("documents",), causal=False)
+    yield replace(crowd, extras=("blocks",), causal=False)
+    yield replace(crowd, extras=("alibi", "bias-of-heads", "sinks", "dropout"))
+    packed = replace(crowd, q_lens=(256, 200), kv_lens=(520, 130), call="packed")
+    yield packed
+    yield replace(packed, head_dim=192, heads_k=12, causal=False)
 
 
 def _sizes() -> Iterator[Case]:
@@ -186,3 +217,27 @@ def _the_rest() -> Iterator[Case]:
         yield Case(FLOAT16, layout=layout, head_dim=40, causal=True, heads_q=4)
     yield Case(deterministic=False, causal=True)
     yield Case(FLOAT16, deterministic=False, head_dim=128, heads_q=4, seqlen_q=500)
+    for head_dim in (160, 256):
+        yield Case(seqlen_q=600, seqlen_k=700, head_dim=head_dim, causal=True)
+    yield Case(FLOAT16, seqlen_q=600, seqlen_k=700, head_dim=192, head_dim_v=128)
+
+
+def _calls() -> Iterator[Case]:
+    """Other functions than `attention`."""
+    packed = Case(
+        batch=4,
+        seqlen_q=300,
+        seqlen_k=517,
+        q_lens=(300, 0, 5, 200),
+        kv_lens=(517, 30, 0, 260),
+        call="packed",
+    )
+    yield packed
+    yield replace(packed, dtype=FLOAT16, causal=True, heads_q=6, head_dim=128)
+    yield replace(packed, head_dim=192, head_dim_v=128, window=(90, 40), offset=(0, 5, 9, -7))
+    yield replace(packed, extras=("alibi", "sinks", "dropout"), causal=True, softcap=9.0)
+    yield replace(packed, extras=("score_mod",), head_dim=40)
+    compiled = Case(seqlen_q=300, seqlen_k=517, heads_q=4, call="compiled")
+    yield replace(compiled, extras=("documents",), causal=True)
+    yield replace(compiled, extras=("blocks", "prefix"), head_dim=128, dtype=FLOAT16)
+    yield replace(compiled, extras=("dense", "bias"), head_dim=96)

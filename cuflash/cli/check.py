@@ -3,31 +3,45 @@
 from __future__ import annotations
 
 import argparse
+import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-import cuflash
-from cuflash import ScoreMod
+from cuflash.cli import cases
 from cuflash.cli.ahead import compile_ahead
-from cuflash.cli.cases import Arrays, Case, spread
+from cuflash.cli.calls import results
+from cuflash.cli.cases import Case
 from cuflash.cli.gpus import require_gpu
 from cuflash.cli.oracle import expect
 from cuflash.cli.progress import progress, say
-from cuflash.masks import Mask
+
+RUNS, RUNS_OF_RACES = 2, 1000
+QUICK = 6  # every sixth problem
+LIMIT_SECONDS = 300  # of one problem's runs; a barrier that nobody reaches would hold up for ever
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser("check", help="is this GPU's result right? against float64")
-    parser.add_argument("--quick", action="store_true", help="every sixth problem")
-    parser.add_argument(
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="every sixth problem")
+    which.add_argument(
+        "--races",
+        action="store_true",
+        help="twenty problems of many blocks, each run again and again",
+    )
+    add(
         "--runs",
         type=_runs,
-        default=2,
         metavar="N",
-        help="runs of each problem, which have to agree in every bit (default: 2)",
+        help="runs of each problem, which have to agree in every bit "
+        f"(default: {RUNS}; with --races {RUNS_OF_RACES})",
     )
     return parser
 
@@ -35,16 +49,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     cupy = require_gpu("check")
     start = time.perf_counter()
-    cases = list(spread(options.quick))
-    compile_ahead(partial(_run, case, cupy, case.arrays()) for case in cases)
+    problems = list(cases.races() if options.races else _every(options.quick))
+    runs = options.runs or (RUNS_OF_RACES if options.races else RUNS)
+    compile_ahead(partial(results, case, case.arrays(), cupy) for case in problems)
     failed = 0
-    for case in progress(cases, len(cases), "problem"):
-        faults, figures = check(case, cupy, options.runs)
+    for case in progress(problems, len(problems), "problem"):
+        faults, figures = check(case, cupy, runs)
         failed += bool(faults)
         say(f"{'FAIL' if faults else 'pass'}  {case}  {figures}  {'; '.join(faults)}".rstrip())
     seconds = time.perf_counter() - start
-    print(f"{len(cases) - failed} passed, {failed} failed, {seconds:.0f} s")
+    print(f"{len(problems) - failed} passed, {failed} failed, {seconds:.0f} s")
     return 1 if failed else 0
+
+
+def _every(quick: bool) -> Iterator[Case]:
+    step = QUICK if quick else 1
+    for some in (cases.spread(), cases.crowds()):
+        yield from list(some)[::step]
 
 
 def _runs(text: str) -> int:
@@ -53,7 +74,7 @@ def _runs(text: str) -> int:
     return int(text)
 
 
-def check(case: Case, xp: Any, runs: int = 2) -> tuple[list[str], str]:
+def check(case: Case, xp: Any, runs: int = RUNS) -> tuple[list[str], str]:
     """What is wrong with a problem's results, and the errors beside what they may be.
 
     Parameters
@@ -64,14 +85,16 @@ def check(case: Case, xp: Any, runs: int = 2) -> tuple[list[str], str]:
     """
     arrays = case.arrays()
     try:
-        found = _run(case, xp, arrays)
-        repeatable = found if case.deterministic else ("out", "lse")
-        differing = {
-            name
-            for again in (_run(case, xp, arrays) for _ in range(runs - 1))
-            for name in repeatable
-            if found[name].tobytes() != again[name].tobytes()
-        }
+        with _limit(case):
+            found = results(case, arrays, xp)
+            repeatable = found if case.deterministic else ("out", "lse")
+            differing = dict.fromkeys(found, xp.asarray(False))
+            for _ in range(runs - 1):
+                again = results(case, arrays, xp)
+                for name in repeatable:
+                    differing[name] |= (_bits(found[name]) != _bits(again[name])).any()
+            differing = [name for name, differs in differing.items() if differs]
+            found = {n: x if xp is np else xp.asnumpy(x) for n, x in found.items()}
     except Exception as error:  # whatever it is, the other problems are still to be checked
         return [f"{type(error).__name__}: {error}".splitlines()[0]], ""
     bounds = expect(arrays, case.options)
@@ -81,28 +104,28 @@ def check(case: Case, xp: Any, runs: int = 2) -> tuple[list[str], str]:
         for name, error in errors.items()
         if not error <= bounds[name].allowed
     ]
-    faults += [f"{name} differs from run to run" for name in found if name in differing]
+    faults += [f"{name} differs from run to run" for name in differing]
     figures = (f"{name} {error:.1e}/{bounds[name].allowed:.1e}" for name, error in errors.items())
     return faults, " ".join(figures)
 
 
-def _run(case: Case, xp: Any, arrays: Arrays) -> dict[str, np.ndarray]:
-    """Forward and backward on xp's device; the results as NumPy arrays."""
-    q, k, v, dout = (case.place(array, xp) for array in arrays[:4])
-    dlse = xp.asarray(arrays[4])
-    options = {name: _on_device(value, xp) for name, value in case.options.items()}
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **options)
-    gradients = cuflash.attention_backward(
-        dout, q, k, v, out, lse, dlse=dlse, deterministic=case.deterministic, **options
-    )
-    results = {"out": out, "lse": lse, **gradients._asdict()}
-    return {n: x if xp is np else xp.asnumpy(x) for n, x in results.items() if x is not None}
+def _bits(array: Any) -> Any:
+    """NaN equals itself so, and 0 is not -0."""
+    return array.view(f"u{array.itemsize}")
 
 
-def _on_device(value: Any, xp: Any) -> Any:
-    """An option with its arrays, or those within it, on xp's device."""
-    if isinstance(value, np.ndarray):
-        return xp.asarray(value)
-    if isinstance(value, (Mask, ScoreMod)):
-        return value.with_arrays({name: xp.asarray(x) for name, x in value.arrays().items()})
-    return value
+@contextmanager
+def _limit(case: Case) -> Iterator[None]:
+    """Within, a GPU that does not answer ends the process: nothing else frees it."""
+
+    def give_up() -> None:
+        say(f"FAIL  {case}  no result after {LIMIT_SECONDS} s: the GPU hangs in it")
+        os._exit(1)
+
+    timer = threading.Timer(LIMIT_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
