@@ -65,9 +65,17 @@ def _as_batch(
     x: Array, shape: tuple[int, int], valid: tuple[np.ndarray, np.ndarray], fill: float, xp: Any
 ) -> Array:
     """(T, ...) to (B, S, ...), with `fill` past the lengths."""
-    batch = xp.full((*shape, *x.shape[1:]), fill, x.dtype)
-    batch[tuple(map(xp.asarray, valid))] = x
+    batch = xp.zeros((*shape, *x.shape[1:]), x.dtype)
+    if fill:
+        batch[...] = fill
+    # As integers: not every CuPy indexes arrays of bfloat16.
+    bits(batch)[tuple(map(xp.asarray, valid))] = bits(x)
     return batch
+
+
+def bits(array: Array) -> Array:
+    """A view as integers, in which NaN equals itself, and 0 is not -0."""
+    return array.view(np.dtype(f"u{array.itemsize}"))
 
 
 def _on_device(value: Any, xp: Any) -> Any:
