@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -102,17 +103,36 @@ def forward_traits(problem: Problem, out: Array) -> _traits.Traits:
     return _traits.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
 
 
-def explain(problem: Problem, on: Gpu | None = None) -> tuple[_traits.ForwardPlan, str]:
-    """The plan of a forward pass, and why it is this backend's."""
+def explain(problem: Problem, on: Gpu | None = None) -> tuple[_traits.ForwardPlan, str, str]:
+    """The plan of a forward pass, why it is this backend's, and the source of its backward."""
     on = on or gpu(problem.q.device.id)
-    out = problem.out if problem.out is not None else on.empty(problem.out_shape, problem.dtype)
+    out = problem.out if problem.out is not None else _unread(problem.out_shape, problem.dtype)
     plan = _plan.forward_plan(forward_traits(problem, out), on.device.capability)
+    backward = _backward_source(problem, out, on.device.capability)
     if plan.backend == "sm90":
-        return plan, "a Hopper GPU, and TMA can move q, k, v and out"
+        return plan, "a Hopper GPU, and TMA can move q, k, v and out", backward
     if _traits.backend_of(on.device.capability, tma=True) == "sm80":
-        return plan, f"the GPU is {on.device.arch}, not Hopper (sm_90)"
+        return plan, f"the GPU is {on.device.arch}, not Hopper (sm_90)", backward
     arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
-    return plan, f"a Hopper GPU, but {_obstacle(problem, arrays)}"
+    return plan, f"a Hopper GPU, but {_obstacle(problem, arrays)}", backward
+
+
+def _backward_source(problem: Problem, out: Array, capability: int) -> str:
+    """Of the kernel that would go back through this call; empty where none can."""
+    if problem.score_mod is not None and problem.score_mod.backward is None:
+        return ""
+    grads = tuple(_unread(x.shape, x.dtype) for x in (problem.q, problem.k, problem.v))
+    dout = _unread(problem.out_shape, problem.dtype)
+    lse = _unread(problem.lse_shape, problem.lse_dtype)
+    gradient = GradientProblem(problem, dout, out, lse, dlse=None, deterministic=True)
+    return _plan.backward_plan(backward_traits(gradient, grads), capability, True).main.source
+
+
+def _unread(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Laid out as an array that a call allocates, at an address where nobody may look."""
+    interface = {"data": (1 << 46, False), "shape": shape, "version": 3}
+    interface["typestr"] = f"|V{dtype.itemsize}"
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def _obstacle(problem: Problem, arrays: dict[str, Array]) -> str:

@@ -32,8 +32,8 @@ def backward(gradient: PackedGradientProblem, on: Gpu | None = None) -> Gradient
     return grads._replace(dq=grads.dq[0], dk=grads.dk[0], dv=grads.dv[0])
 
 
-def explain(problem: PackedProblem, on: Gpu | None = None) -> tuple[ForwardPlan, str]:
-    """The plan of a forward pass, and why it is this backend's."""
+def explain(problem: PackedProblem, on: Gpu | None = None) -> tuple[ForwardPlan, str, str]:
+    """As of a batch."""
     return _launch.explain(_as_batch(problem), on)
 
 

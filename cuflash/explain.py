@@ -1,4 +1,4 @@
-"""Which kernel a call would use, and why."""
+"""Which kernels a call would use, and why."""
 
 from __future__ import annotations
 
@@ -16,14 +16,32 @@ from cuflash.varlen import PACKED
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` finds; as a string, one sentence."""
+    """What `explain` finds; as a string, one sentence.
 
-    backend: str  # "cpu", "sm80" or "sm90"
+    Attributes
+    ----------
+    backend : "cpu", "sm80" or "sm90"
+        Of the forward pass.
+    reason : str
+        Why it is this one.
+    kernel : str
+        Its source file in kernels_cu; empty on the CPU.
+    backward_kernel : str
+        That of the backward pass of the same call, where dout is contiguous. Empty on the CPU, and
+        where a score_mod has no derivative.
+    block_q, block_kv : int
+        Queries and keys of a tile of the forward pass, at most.
+    tiles : TileCounts or None
+        What a mask leaves of the tiles; None without one, and on a GPU.
+    """
+
+    backend: str
     reason: str
-    kernel: str  # source file in kernels_cu; empty on the CPU
-    block_q: int  # queries and keys of a tile, at most
+    kernel: str
+    backward_kernel: str
+    block_q: int
     block_kv: int
-    tiles: TileCounts | None = None  # what a mask leaves of them; None without one, and on a GPU
+    tiles: TileCounts | None = None
 
     def __str__(self) -> str:
         kernel = f", {self.kernel}" if self.kernel else ""
@@ -31,7 +49,8 @@ class Explanation:
         if self.tiles is not None:
             hidden, partial, full = self.tiles
             found += f" ({hidden} hidden, {partial} partly visible, {full} in full)"
-        return f"{found}: {self.reason}"
+        backward = f"; backward: {self.backward_kernel}" if self.backward_kernel else ""
+        return f"{found}: {self.reason}{backward}"
 
 
 def explain(
@@ -57,7 +76,7 @@ def explain(
     score_mod: ScoreMod | None = None,
     out: Array | None = None,
 ) -> Explanation:
-    """Which backend and kernel `attention` or `attention_varlen` would use, and why.
+    """Which backend and kernels `attention` or `attention_varlen` would use, and why.
 
     No attention is computed and no kernel compiled; the arguments are checked as these check them.
     On the CPU it counts how many tiles a mask hides, shows in part and in full, of all batch
@@ -104,8 +123,9 @@ def _explain(function: str, arguments: dict[str, Any]) -> Explanation:
         backend = kind.backend(call.device)
         if call.device == "cpu":
             block, tiles = backend.explain(problem)
-            return Explanation("cpu", "the arrays are in the memory of the CPU", "", *block, tiles)
-        plan, reason = backend.explain(problem)
-    return Explanation(
-        plan.backend, reason, plan.kernel.source, plan.tiling.block_q, plan.tiling.block_kv
-    )
+            return Explanation(
+                "cpu", "the arrays are in the memory of the CPU", "", "", *block, tiles
+            )
+        plan, reason, backward_kernel = backend.explain(problem)
+    tile = plan.tiling.block_q, plan.tiling.block_kv
+    return Explanation(plan.backend, reason, plan.kernel.source, backward_kernel, *tile)

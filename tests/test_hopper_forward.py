@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import backends
 import numpy as np
 import pytest
-from backends import EmulatedGpu, _arrays_of
+from backends import EmulatedBackend, EmulatedGpu, Launch, _arrays_of
 from conftest import emulated
 from injection import assert_noticed, changed, put_in
+from test_kernels import check_hopper_kernel
 
-from cuflash import _gpu, _launch, _launch_packed, _params, _traits
+from cuflash import _gpu, _jit, _launch, _launch_packed, _params, _plan, _traits
 from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
+from cuflash._reference_masks import visibility
 from cuflash.cli import oracle
 from cuflash.cli.cases import Case
 
@@ -32,15 +36,14 @@ CASES = {
     "head-dim-128": replace(WIDE, causal=True),
     "head-dim-128-window": replace(WIDE, window=(40, 40)),
 }
-# Each of them compiles another kernel.
-HEAD_DIMS = {
-    "96": replace(LONG, head_dim=96, causal=True),
-    "192": replace(LONG, head_dim=192, causal=True),
-    "192-128": replace(LONG, head_dim=192, head_dim_v=128, causal=True),
-    "256": replace(LONG, head_dim=256, causal=True),
-    "64-256": replace(LONG, head_dim=64, head_dim_v=256, window=(90, 90)),
-    "256-64": replace(LONG, head_dim=256, head_dim_v=64, causal=True),
-}
+# Each pair compiles another kernel.
+SIZES = (64, 96, 128, 192, 256)
+PAIRS = {f"{d}-{dv}": (d, dv) for d in SIZES for dv in SIZES}
+# Two rounds of work, and at least eight tiles of keys for each block: both rings turn four times.
+SHORT = replace(LONG, seqlen_q=260, seqlen_k=800, causal=True)
+# The others of PAIRS need `full`; 64-64 and 128-128 run in CASES.
+ORDINARY_PAIRS = ("96-96", "192-128", "192-192", "256-256")
+STAGES = 2
 SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1)]
 
 WRONG = "wrong result"
@@ -227,16 +230,216 @@ def test_long_rings(case: Case, schedule: tuple[str, int]) -> None:
     assert ending(case, schedule) == "right result"
 
 
-@pytest.mark.parametrize("name", ["192", "256"])
-def test_wide_heads(name: str) -> None:
-    assert ending(HEAD_DIMS[name], ("lazy", 0)) == "right result"
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-@pytest.mark.parametrize("case", HEAD_DIMS.values(), ids=HEAD_DIMS)
-def test_every_head_size(case: Case, schedule: tuple[str, int]) -> None:
-    assert ending(case, schedule) == "right result"
+@pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(pair, id=name, marks=() if name in ORDINARY_PAIRS else pytest.mark.full)
+        for name, pair in PAIRS.items()
+    ],
+)
+def test_every_pair_of_head_sizes(pair: tuple[int, int], schedule: tuple[str, int]) -> None:
+    head_dim, head_dim_v = pair
+    case = replace(SHORT, head_dim=head_dim, head_dim_v=head_dim_v)
+    on = emulated(capability=90, schedule=schedule[0], seed=schedule[1])
+    assert ending(case, schedule, on) == "right result"
+    (launch,) = on.launches
+    tiles = shares(case, *tile_of(launch)) > 0
+    assert tiles.sum() >= 4 * STAGES * launch.blocks
+
+
+# ------------------------------------------------------------------------- the schedule
+
+
+def shares(case: Case, rows: int, keys: int) -> np.ndarray:
+    """(B, Hq, tiles of rows, of keys): how much is visible of a tile's queries, from 0 to 1."""
+    arrays = case.arrays()
+    problem = Problem.create("attention", "cuda", *arrays[:3], **case.options)
+    band = (False, problem.offset, problem.window, problem.q_lens, problem.kv_lens, None)
+    pairs = visibility(arrays.q, arrays.k, *band).astype(np.int64)
+    for axis, size in ((2, rows), (3, keys)):
+        pairs = np.add.reduceat(pairs, np.arange(0, pairs.shape[axis], size), axis=axis)
+    queries = tile_lengths(queries_of(case), pairs.shape[2], rows)
+    return pairs / np.maximum(1, queries * keys)[:, None, :, None]
+
+
+def tile_lengths(lengths: np.ndarray, tiles: int, size: int) -> np.ndarray:
+    """(B, tiles): queries or keys of each tile."""
+    return np.clip(lengths[:, None] - size * np.arange(tiles), 0, size)
+
+
+def queries_of(case: Case) -> np.ndarray:
+    return np.broadcast_to(case.q_lens or case.seqlen_q, case.batch)
+
+
+def keys_of(case: Case) -> np.ndarray:
+    return np.broadcast_to(case.kv_lens or case.seqlen_k, case.batch)
+
+
+def tile_of(launch: Launch) -> tuple[int, int]:
+    constants = dict(launch.kernel.constants)
+    return 64 * constants["CONSUMERS"], constants["BLOCK_KV"]
+
+
+def run_forward(case: Case) -> tuple[Launch, Any, np.ndarray]:
+    """The launch, the arrays and lse."""
+    arrays = case.arrays()
+    on = emulated(capability=90)
+    _, lse = on.forward(arrays.q, arrays.k, arrays.v, **case.options)
+    (launch,) = on.launches
+    return launch, arrays, lse
+
+
+@pytest.mark.parametrize("name", ["dense", "causal", "window", "lengths", "head-dim-128-window"])
+def test_what_is_seen_is_loaded_and_multiplied_and_no_more(name: str) -> None:
+    case = CASES[name]
+    launch, arrays, _ = run_forward(case)
+    block_q, block_kv = tile_of(launch)
+    assert launch.bytes_read(arrays.q) == queries_of(case).sum() * arrays.q[0, 0].nbytes
+
+    seen = shares(case, block_q, block_kv) > 0
+    keys = tile_lengths(keys_of(case), seen.shape[3], block_kv)
+    loaded = (seen * keys[:, None, None]).sum()
+    assert launch.bytes_read(arrays.k) == loaded * arrays.k[0, 0, 0].nbytes
+    assert launch.bytes_read(arrays.v) == loaded * arrays.v[0, 0, 0].nbytes
+
+    # A warpgroup's rows, of a block's: each instruction takes 16 of the summed axis.
+    seen = shares(case, 64, block_kv) > 0
+    assert launch.stats.wgmma == seen.sum() * (case.head_dim + block_kv) // 16
+
+
+@pytest.mark.parametrize("sms", [1, 3, 7, 8, 9, 132])
+def test_no_more_blocks_than_multiprocessors(sms: int) -> None:
+    case = replace(LONG, heads_q=4, heads_k=2, seqlen_q=300)
+    arrays = case.arrays()
+
+    def blocks(**options: Any) -> int:
+        problem = Problem.create("attention", "cuda", *arrays[:3], **options)
+        gpu = EmulatedGpu(90, "lazy", 0, _arrays_of(problem))
+        gpu.device = replace(gpu.device, sms=sms)
+        _launch.forward(problem, gpu)
+        kernel, blocks, _ = gpu._stream[-1]
+        assert kernel.source == SOURCE
+        return blocks
+
+    assert blocks() == blocks(causal=True) == min(8, sms)
+    # Tiles of 128 rows that take any time: the hardware spreads them.
+    assert blocks(mask=np.ones((300, 1000), bool)) == 12
+
+
+# What a kernel does unseen, made visible: the order of its work in lse, a mask's price in what is
+# read of it, and the next q, which has to come before the last product ends. No turn is taken then
+# where all tiles are visible; elsewhere the other warpgroups may wait for this one's.
+WATCHED = (
+    ("  // Of the present work item.\n", "  int round;\n  bool has_next;\n"),
+    (
+        "      mbarrier_wait(smem.q_full(index), list.round % 2);\n",
+        "      WorkList next(p);\n      next.round = round = list.round + 1;\n"
+        "      has_next = next.valid() && p.call.problem.window_right > p.call.problem.seqlen_k;\n"
+        "      mbarrier_wait(smem.q_full(index), list.round % 2);\n",
+    ),
+    (
+        "    issue_values();\n    wgmma_wait<0>(o_acc, probabilities);\n",
+        "    issue_values();\n"
+        "    if (has_next) mbarrier_wait(smem.q_full(index), round % 2);\n"
+        "    wgmma_wait<0>(o_acc, probabilities);\n",
+    ),
+    (
+        "        hide(s_acc, places);\n",
+        "        hide(s_acc, places);\n"
+        "      if (warpgroup_thread() == 0) (void)*(const volatile float*)p.call.lse;\n",
+    ),
+    (
+        "      store(work, mask);\n",
+        "      store(work, mask);\n      if (index == 0 && warpgroup_thread() == 0)\n"
+        "        p.call.lse[mask.stats(head) + first_row] = 1000 * blockIdx.x + list.round;\n",
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def watched_kernel(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Of LONG's traits."""
+    emulated()  # or skip
+    import emulator
+
+    arrays = LONG.arrays()
+    problem = Problem.create("attention", "cuda", *arrays[:3])
+    kernel = _plan.forward_plan(_launch.forward_traits(problem, arrays.q), 90).kernel
+    folder = tmp_path_factory.mktemp("watched") / "kernels_cu"
+    shutil.copytree(_jit.kernel_dir(), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_jit, "kernel_dir", lambda: folder)
+        patch.setenv("CUFLASH_CACHE_DIR", str(folder.parent / "cache"))
+        for old, new in WATCHED:
+            (folder / SOURCE).write_text(changed(SOURCE, old, new))
+        return emulator.load(_jit.cached_ptx(kernel), kernel.entry)
+
+
+@pytest.fixture
+def watched(watched_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs launch the kernel that shows what it does."""
+    monkeypatch.setattr(backends, "_emulated_kernel", lambda kernel: watched_kernel)
+
+
+@pytest.mark.parametrize("name", ["dense", "causal", "window", "lengths"])
+def test_fully_visible_tiles_pay_for_no_mask(name: str, watched: None) -> None:
+    """And the next q is there before the last product of a dense tile ends, or nothing ends."""
+    launch, _, lse = run_forward(CASES[name])
+    share = shares(CASES[name], 64, tile_of(launch)[1])
+    partly = ((share > 0) & (share < 1)).sum()
+    assert launch.bytes_read(lse) == partly * lse.itemsize
+
+
+def test_the_longest_run_first(watched: None) -> None:
+    """Within a section of heads, and in rounds of alternate direction."""
+    case = replace(LONG, batch=2, heads_q=4, heads_k=2, causal=True, offset=0)
+    launch, arrays, lse = run_forward(case)
+    block_q, block_kv = tile_of(launch)
+    assert launch.blocks == 3
+    found = {}
+    for place, mark in np.ndenumerate(lse[:, :, ::block_q]):
+        block, round_ = divmod(int(mark), 1000)
+        found[round_, launch.blocks - 1 - block if round_ % 2 else block] = place
+    assert len(found) == 2 * 4 * 3
+
+    # Half of the L2 cache of 1 MiB holds the keys and values of two key heads.
+    assert 2 < (1 << 19) / (arrays.k[0, :, 0].nbytes + arrays.v[0, :, 0].nbytes) < 3
+    lengths = (shares(case, block_q, block_kv) > 0).sum(axis=3)
+
+    def first_come(place: tuple[int, int, int]) -> tuple[int, int, int]:
+        batch, head, _ = place
+        return batch, -lengths[place], head
+
+    assert [found[key] for key in sorted(found)] == sorted(found.values(), key=first_come)
+
+
+# ------------------------------------------------------------------------- what is compiled
+
+FLAGS = {
+    "bfloat16": {},
+    "float16": {"dtype": "float16"},
+    "scale-first": {"scale_first": True},
+    "softcap": {"softcap": True},
+}
+COMPILED = [("128-64", "float16"), ("64-128", "scale-first")]
+
+
+@pytest.mark.parametrize(
+    ("pair", "flags"),
+    [
+        pytest.param(x, flags, marks=() if (x, flags) in COMPILED else pytest.mark.full)
+        for x in PAIRS
+        for flags in FLAGS
+    ],
+)
+def test_wgmma_alone_multiplies_and_nothing_spills(pair: str, flags: str) -> None:
+    traits = _traits.Traits("bfloat16", *PAIRS[pair], 16, False, False, False, False, tma=True)
+    plan = _plan.forward_plan(replace(traits, **FLAGS[flags]), 90)
+    check_hopper_kernel(plan.kernel, _params.FORWARD_SM90_BYTES)
+
+
+# ------------------------------------------------------------------------- injected bugs
 
 
 def test_every_bug_has_its_place() -> None:
@@ -254,13 +457,13 @@ def test_bug_is_noticed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert_noticed(name, wanted, (ending(case, schedule) for schedule in SCHEDULES))
 
 
-def ending(case: Case, schedule: tuple[str, int]) -> str:
+def ending(case: Case, schedule: tuple[str, int], on: EmulatedBackend | None = None) -> str:
     """The emulator's message, or how the result is."""
     from emulator import EmulatorError
 
     arrays = case.arrays()
     name, seed = schedule
-    on = emulated(capability=90, schedule=name, seed=seed)
+    on = on or emulated(capability=90, schedule=name, seed=seed)
     try:
         out, lse = on.forward(arrays.q, arrays.k, arrays.v, **case.options)
     except EmulatorError as error:
@@ -276,7 +479,9 @@ def explained(case: Case, capability: int = 90, **placed: np.ndarray) -> tuple[s
     """(backend, reason)"""
     arrays = case.arrays()._asdict() | placed
     problem = Problem.create("attention", "cuda", *(arrays[name] for name in "qkv"), **case.options)
-    plan, reason = _launch.explain(problem, EmulatedGpu(capability, "lazy", 0, _arrays_of(problem)))
+    plan, reason, _ = _launch.explain(
+        problem, EmulatedGpu(capability, "lazy", 0, _arrays_of(problem))
+    )
     return plan.backend, reason
 
 
@@ -311,7 +516,7 @@ def test_hopper_takes_packed_sequences() -> None:
     edges = np.array([0, 3, len(q)]), np.array([0, 5, len(k)])
     problem = PackedProblem.create("explain", "cuda", q, k, v, *edges)
     for capability, backend in ((80, "sm80"), (90, "sm90")):
-        plan, _ = _launch_packed.explain(problem, EmulatedGpu(capability, "lazy", 0, [q, k, v]))
+        plan, *_ = _launch_packed.explain(problem, EmulatedGpu(capability, "lazy", 0, [q, k, v]))
         assert plan.backend == backend and plan.kernel.source == f"flash_fwd_{backend}.cu"
         assert dict(plan.kernel.constants)["PACKED"]
 
