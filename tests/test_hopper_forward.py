@@ -382,9 +382,15 @@ def watched(watched_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_emulated_kernel", lambda kernel: watched_kernel)
 
 
-@pytest.mark.parametrize("name", ["dense", "causal", "window", "lengths"])
+def test_the_next_q_comes_before_the_last_product_ends(watched: None) -> None:
+    """Else this one waits for it forever."""
+    launch, _, lse = run_forward(LONG)
+    rounds = lse[:, :, :: tile_of(launch)[0]] % 1000
+    assert rounds.max() == 1  # after it another item of work
+
+
+@pytest.mark.parametrize("name", ["causal", "window", "lengths"])
 def test_fully_visible_tiles_pay_for_no_mask(name: str, watched: None) -> None:
-    """And the next q is there before the last product of a dense tile ends, or nothing ends."""
     launch, _, lse = run_forward(CASES[name])
     share = shares(CASES[name], 64, tile_of(launch)[1])
     partly = ((share > 0) & (share < 1)).sum()
