@@ -82,10 +82,12 @@ class EmulatedBackend(_Backend):
 
     dtypes = ("float16", "bfloat16")
 
-    def __init__(self, capability: int = 80, schedule: str = "lazy", seed: int = 0) -> None:
+    def __init__(
+        self, capability: int = 80, schedule: str = "lazy", seed: int = 0, threads: int = 2
+    ) -> None:
         self.name = f"emulated-{capability}"
         self.launches: list[Launch] = []  # of all calls
-        self._make_gpu = lambda inputs: EmulatedGpu(capability, schedule, seed, inputs)
+        self._make_gpu = lambda inputs: EmulatedGpu(capability, schedule, seed, inputs, threads)
 
     def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         from cuflash import _launch
@@ -158,6 +160,11 @@ class Launch:
         addresses = [buffer.ctypes.data for buffer in self.buffers]
         return self.stats.bytes_read[addresses.index(array.ctypes.data)]
 
+    @property
+    def dq_sums(self) -> np.ndarray:
+        """A backward's, in float32: rounded to 16 bits, sums in another order are mostly equal."""
+        return max((x for x in self.buffers if x.dtype == np.float32), key=np.size)
+
 
 class EmulatedGpu:
     """Takes the place of `_gpu.Gpu`: memory is NumPy's, a launch runs the kernel's PTX.
@@ -167,11 +174,17 @@ class EmulatedGpu:
     """
 
     def __init__(
-        self, capability: int, schedule: str, seed: int, inputs: Sequence[np.ndarray]
+        self,
+        capability: int,
+        schedule: str,
+        seed: int,
+        inputs: Sequence[np.ndarray],
+        threads: int = 2,
     ) -> None:
         self.device = _traits.Device(capability, l2_bytes=1 << 20, sms=3)
         self.launches: list[Launch] = []
         self._schedule, self._seed = schedule, seed
+        self._threads = threads  # of the host, each with a block at a time
         self.buffers = list(inputs)
         self._stream: list[tuple[_traits.Kernel, int, bytes] | Callable[[], None]] = []
 
@@ -224,6 +237,7 @@ class EmulatedGpu:
                 [params],
                 schedule=self._schedule,
                 seed=self._seed,
+                threads=self._threads,
                 buffers=self.buffers,
             )
             self.launches.append(Launch(kernel, blocks, stats, tuple(self.buffers)))

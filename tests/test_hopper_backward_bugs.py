@@ -22,6 +22,8 @@ WIDE = replace(CASE, head_dim=128)
 CAUSAL = replace(CASE, causal=True)
 # The turns order more than sums: without them barriers that they cover count.
 UNORDERED = replace(CASE, deterministic=False)
+# Each query tile has five key tiles to sum, of one head.
+SUMMED = Case(batch=1, heads_q=1, heads_k=1, seqlen_q=300, seqlen_k=600, head_dim=64)
 SCHEDULES = [("lazy", 0), ("eager", 0), ("random", 0), ("random", 1)]
 
 WRONG = "wrong result"
@@ -119,6 +121,12 @@ WIDE_BUGS = {
 
 Q_FULL = "mbarrier_wait(smem.q_full(stage.index), stage.parity);"
 Q_EMPTY = "    mbarrier_wait(smem.q_empty(stage.index), stage.parity ^ 1);\n"
+AWAIT_TURN = """    if (lane_id() == 0)
+      while (ld_acquire(counter) != walk.tiles.turn()) {
+      }
+"""
+SUMS_ADDED = "    named_barrier_sync(kAddedBarrier, kTurnThreads);\n"
+PASS_TURN = "    if (lane_id() == 0) red_release_add(counter, 1);\n"
 
 # Of what both share, in either.
 SHARED_BUGS = {
@@ -145,6 +153,15 @@ SHARED_BUGS = {
         "deadlock:",
         CASE,
     ),
+    "turn-not-awaited": (AWAIT_TURN, "", DIFFERENT_BITS, SUMMED),
+    "turn-passed-early": (SUMS_ADDED + PASS_TURN, PASS_TURN + SUMS_ADDED, DIFFERENT_BITS, SUMMED),
+    "turn-not-awaited-128": (AWAIT_TURN, "", DIFFERENT_BITS, replace(SUMMED, head_dim=128)),
+    "wide-turn-not-awaited": (
+        AWAIT_TURN,
+        "",
+        DIFFERENT_BITS,
+        replace(SUMMED, seqlen_q=100, seqlen_k=300, head_dim=192),
+    ),
     "wide-queries-of-the-other-warpgroup": (
         "RowOperand<DoutTile>{dout, first_query()}",
         "RowOperand<DoutTile>{dout, 0}",
@@ -168,6 +185,7 @@ SOURCES = {
 
 # One of each kind in every run; the others compile a kernel each as well.
 QUICK = ("ds-barrier", "ds-fence", "full-parity", "half-of-dq", "wide-probs-in-one-buffer")
+QUICK += ("turn-not-awaited",)
 
 
 def test_every_bug_has_its_place() -> None:
@@ -189,23 +207,25 @@ def test_bug_is_noticed(
 ) -> None:
     old, new, wanted, case = SOURCES[source][name]
     put_in(source, old, new, tmp_path, monkeypatch)
-    assert_noticed(name, wanted, (ending(case, schedule) for schedule in SCHEDULES))
+    # Of more blocks at a time more overtake others.
+    at_once = 4 if wanted == DIFFERENT_BITS else 2
+    assert_noticed(name, wanted, (ending(case, schedule, at_once) for schedule in SCHEDULES))
 
 
-def ending(case: Case, schedule: tuple[str, int]) -> str:
+def ending(case: Case, schedule: tuple[str, int], at_once: int) -> str:
     """The emulator's message, or how the gradients are."""
     from emulator import EmulatorError
 
     arrays = case.arrays()
-    name, seed = schedule
-    on = emulated(capability=90, schedule=name, seed=seed)
     q, k, v, dout, _ = arrays
-    out, lse = on.forward(q, k, v, **case.options)
+    out, lse = emulated(capability=90).forward(q, k, v, **case.options)
     options = {**case.options, "deterministic": case.deterministic}
+    runs, sums = [], []
     try:
-        runs = [on.backward(dout, q, k, v, out, lse, **options)]
-        on = emulated(capability=90, schedule="random", seed=seed + 7)
-        runs.append(on.backward(dout, q, k, v, out, lse, **options))
+        for name, seed in (schedule, ("random", schedule[1] + 7)):
+            on = emulated(capability=90, schedule=name, seed=seed, threads=at_once)
+            runs.append(on.backward(dout, q, k, v, out, lse, **options))
+            sums.append(on.launches[-1].dq_sums)
     except EmulatorError as error:
         return str(error)
     for key, bound in oracle.expect(arrays._replace(dlse=None), case.options).items():
@@ -215,4 +235,6 @@ def ending(case: Case, schedule: tuple[str, int]) -> str:
             first, second = (np.ascontiguousarray(getattr(run, key)) for run in runs)
             if not np.array_equal(first.view(np.uint16), second.view(np.uint16)):
                 return DIFFERENT_BITS
+    if case.deterministic and not np.array_equal(*(x.view(np.uint32) for x in sums)):
+        return DIFFERENT_BITS
     return "right result"
