@@ -504,7 +504,7 @@ class Check(NamedTuple):
     ) -> Array | None:
         if bias is None:
             return None
-        allowed = (dtype, accumulator_dtype(dtype))
+        allowed = (dtype, FLOAT32)
         if bias.dtype not in allowed:
             names = " or ".join(dict.fromkeys(map(str, allowed)))
             hint = "; True and False go to mask=" if bias.dtype == np.bool_ else ""

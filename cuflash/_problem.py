@@ -35,7 +35,7 @@ class Problem:
     q_lens: Array | None  # (B,) integers; NumPy's are int64
     kv_lens: Array | None  # (B,) integers; NumPy's are int64
     mask: Mask | None
-    bias: Array | None  # q's dtype or the accumulator's, broadcast to (B, Hq, Sq, Sk)
+    bias: Array | None  # q's dtype or float32, broadcast to (B, Hq, Sq, Sk)
     alibi_slopes: Array | None  # (Hq,) or (B, Hq), floating
     sinks: Array | None  # (Hq,), floating
     dropout: float  # in [0, 1)

@@ -91,7 +91,7 @@ def attention(
     mask : bool array that broadcasts to (B, Hq, Sq, Sk), or an object of `cuflash.masks`
         True where the query sees the key, if all else lets it.
     bias : array that broadcasts to (B, Hq, Sq, Sk)
-        Added to the scaled and capped scores; of q's dtype or lse's.
+        Added to the scaled and capped scores; of q's dtype or float32.
     alibi_slopes : array (Hq,) or (B, Hq), floating
         Adds -slope * abs(i + offset - j).
     sinks : array (Hq,), floating

@@ -75,28 +75,36 @@ def check_float64(case: Case, mask: Any, **options: Any) -> None:
 
 
 BFLOAT16 = Case(batch=2, seqlen_q=150, seqlen_k=200, head_dim=32)
-ON_EVERY_BACKEND = {
-    "causal": (BFLOAT16, masks.causal()),
-    "window-offset": (BFLOAT16, masks.window(30, 5, offset=[20, -40])),
-    "lengths": (BFLOAT16, masks.lengths([200, 65], [0, 150])),
-    "documents": (
+BESIDE = {  # what the kernels are specialised for
+    "alone": {},
+    "causal": {"causal": True},
+    "gqa": {"heads_q": 4},
+    "head-dims": {"head_dim_v": 64},
+}
+SOME_MASKS = {
+    "window-of-offsets": (BFLOAT16, masks.window(30, 5, offset=[20, -40])),
+    "empty-lengths": (BFLOAT16, masks.lengths([200, 65], [0, 150])),
+    "same-documents": (
         replace(BFLOAT16, seqlen_k=150, causal=True),
         masks.documents(np.repeat([[0, 1, 2], [5, 4, 5]], 50, axis=1)),
     ),
-    "prefix": (BFLOAT16, masks.causal() | masks.prefix([130, 10])),
+    "prefix-lm": (BFLOAT16, masks.causal() | masks.prefix([130, 10])),
 }
 
 
 def every_kind() -> dict[str, tuple[Case, Mask]]:
-    """Each leaf alone, a few pairs and trees, with grouped heads and D other than Dv."""
+    """Each leaf alone, with causal, with grouped heads and with D other than Dv; and trees."""
+    cases = dict(SOME_MASKS)
+    seed = 18  # shows and hides something of every batch entry in each of them
+    for name, leaf in mask_cases.LEAVES.items():
+        for beside, changes in BESIDE.items():
+            case = replace(BFLOAT16, **changes)
+            cases[f"{name}-{beside}"] = (case, leaf(np.random.default_rng(seed), case))
     rng = np.random.default_rng(3)
     gqa = replace(BFLOAT16, heads_q=4, heads_k=2, batch=1, head_dim_v=64)
-    cases = dict(ON_EVERY_BACKEND)
-    for name in ("intervals", "blocks", "dense", "expression"):
+    for name in ("intervals", "blocks", "expression"):
         mask = mask_cases.LEAVES[name](rng, gqa)
-        cases[f"gqa-{name}"] = (gqa, mask)
-        if name != "dense":
-            cases[f"gqa-{name}-and-causal"] = (gqa, mask & masks.causal())
+        cases[f"gqa-{name}-and-causal"] = (gqa, mask & masks.causal())
     for number in range(3):
         cases[f"gqa-tree-{number}"] = (gqa, mask_cases.tree(rng, gqa, depth=4))
     cases["gqa-every-leaf"] = (replace(gqa, window=(150, 60)), mask_cases.every_leaf(rng, gqa))
@@ -421,6 +429,33 @@ def test_a_compiled_mask_is_a_mask(rng: np.random.Generator, small_tiles: None) 
     compiled = mask_cases.tree(rng, SMALL, 3).compile(q, k)
     check_float64(SMALL, compiled & masks.causal() | ~compiled)
     check_float64(SMALL, compiled.compile(q, k))
+
+
+@pytest.mark.gpu
+def test_a_compiled_mask_on_a_gpu(rng: np.random.Generator) -> None:
+    """Gives the bits of the mask itself, when its tiles are found and when they are known."""
+    import cupy
+
+    case = replace(BFLOAT16, heads_q=4)
+    q, k, v, dout, dlse = map(cupy.asarray, case.arrays())
+    mask = mask_cases.every_leaf(rng, case)
+    compiled = mask.compile(q, k)
+
+    def results(mask: Mask) -> dict[str, bytes]:
+        options = {"mask": mask, "window": (150, 60)}
+        (out, lse), pullback = cuflash.attention_vjp(q, k, v, return_lse=True, **options)
+        found = named(out, lse, pullback(dout, dlse))
+        return {name: cupy.asnumpy(x).tobytes() for name, x in found.items()}
+
+    right = results(mask)
+    assert not compiled.tables
+    assert results(compiled) == right
+    tables = dict(compiled.tables)
+    assert results(compiled) == right
+    assert compiled.tables == tables and tables
+    with cupy.cuda.Stream(non_blocking=True):
+        assert results(compiled) == right
+    assert len(compiled.tables) == 2 * len(tables)  # each stream has its own
 
 
 # ------------------------------------------------------------------------- memory

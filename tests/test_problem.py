@@ -403,6 +403,8 @@ def test_a_mask_of_integers() -> None:
     [
         (np.float16, np.float64, "float16 or float32"),
         (np.float32, np.float16, "float32"),
+        (np.float32, np.float64, "float32"),
+        (np.float64, np.float16, "float64 or float32"),
         (np.float32, np.bool_, "float32; True and False go to mask="),
     ],
 )

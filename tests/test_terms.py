@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import threadpoolctl
 from conftest import on_every_backend
+from test_masks import BESIDE
 from unreal_gpu import HK, HQ, SQ, B, D, Maker, refused
 
 import cuflash
@@ -169,20 +170,41 @@ def test_slopes_and_sinks_of_any_floating_dtype(small_tiles: None, dtype: str) -
     assert run(backends.CpuBackend(), case, options)["dsinks"].dtype == dtype
 
 
-ON_EVERY_BACKEND = {
-    "alibi": (("alibi",), {"causal": True}),
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("shape", [(2, 4, ROWS, KEYS), (4, 1, KEYS), (2, 1, ROWS, 1), (1,)])
+def test_a_float32_bias_beside_float64(
+    small_tiles: None, shape: tuple[int, ...], masked: bool
+) -> None:
+    """All else is as accurate as float64, and dbias is float32 as the bias is."""
+    rng = np.random.default_rng(4)
+    case = replace(SMALL, causal=True, softcap=1.5)
+    options = {"bias": rng.standard_normal(shape, np.float32)}
+    if masked:
+        options["mask"] = rng.random((ROWS, KEYS)) < 0.7
+    check_float64(case, options)
+    dtypes = {name: x.dtype for name, x in run(backends.CpuBackend(), case, options).items()}
+    assert dtypes.pop("dbias") == np.float32 and set(dtypes.values()) == {FLOAT64}
+
+
+def each_term() -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
+    """Alone, with causal, with grouped heads and with D other than Dv."""
+    return {
+        f"{name}-{beside}": ((name,), changes)
+        for name in TERMS
+        for beside, changes in BESIDE.items()
+    }
+
+
+TOGETHER = {
     "alibi-per-batch": (("alibi-per-batch",), {"window": (40, 30), "heads_q": 4, "heads_k": 2}),
-    "sinks": (("sinks",), {"causal": True, "heads_q": 4, "heads_k": 2}),
+    "sinks-causal-gqa": (("sinks",), {"causal": True, "heads_q": 4, "heads_k": 2}),
     "sinks-of-rows-that-see-nothing": (("sinks",), {"causal": True, "offset": (-50, -1000)}),
     "sinks-and-lengths": (("sinks",), {"q_lens": (77, 0), "kv_lens": (0, 150)}),
-    "dropout": (("dropout",), {"causal": True}),
     "dropout-and-grouped-heads": (("dropout",), {"heads_q": 4, "heads_k": 1, "head_dim_v": 24}),
-    "score_mod": (("score_mod",), {"causal": True}),
     "score_mod-and-softcap": (
         ("score_mod",),
         {"softcap": 2.0, "window": (40, 30), "heads_q": 4, "heads_k": 2},
     ),
-    "bias": (("bias",), {"causal": True}),
     "bias-and-softcap": (("bias",), {"softcap": 2.0, "head_dim_v": 24}),
     "everything": (TERMS[1:], {"causal": True, "heads_q": 4, "heads_k": 2}),
 }
@@ -191,7 +213,7 @@ ON_EVERY_BACKEND = {
 @pytest.mark.parametrize(
     "backend, names, changes",
     on_every_backend(
-        ON_EVERY_BACKEND,
+        TOGETHER | each_term(),
         always=("emulated-80-alibi-per-batch", "emulated-90-score_mod-and-softcap"),
     ),
     indirect=["backend"],
