@@ -83,8 +83,9 @@ def test_kernels_under_other_schedules(name: str, schedule: tuple[str, int]) -> 
 @pytest.mark.full
 @pytest.mark.parametrize("case", list(spread()), ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_every_case_of_check_emulated(case: Case, seed: int) -> None:
-    check(emulated(schedule="random", seed=seed), case)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_case_of_check_emulated(capability: int, case: Case, seed: int) -> None:
+    check(emulated(capability=capability, schedule="random", seed=seed), case)
 
 
 @pytest.mark.full

@@ -86,20 +86,23 @@ def test_the_suite_of_masks() -> None:
     cells = list(suites.cells("masks", quick=False))
     assert len(cells) == len(set(map(str, cells)))
     assert {c.direction for c in cells} == {"forward", "forward+backward"}
-    assert {c.dtype for c in cells} == {"bfloat16"} and {c.head_dim for c in cells} == {128}
-    assert {str(c.rule) for c in cells if c.rule} == {
-        "8 documents of 2048",
-        "5 documents of 1000, 3 x 2520, 1440",
-        "window of 1024",
-        "causal or prefix of 25%",
-        "blocks of 128, 50% empty",
-        "blocks of 128, 90% empty",
-        "dense, 50% empty",
+    assert {c.dtype for c in cells} == {"bfloat16"}
+    assert {(str(c.rule), *c.shape, c.causal) for c in cells if c.rule} == {
+        ("8 documents of 2048", 1, 16384, 16, 128, False),
+        ("8 documents of 2048", 1, 16384, 16, 128, True),
+        ("5 documents of 1000, 3 x 2520, 1440", 1, 10000, 64, 128, False),
+        ("5 documents of 1000, 3 x 2520, 1440", 1, 10000, 64, 128, True),
+        ("window of 1024", 1, 32768, 8, 128, False),
+        ("causal or prefix of 25%", 1, 16384, 16, 128, False),
+        ("blocks of 128, 50% empty", 1, 16384, 16, 128, False),
+        ("blocks of 128, 90% empty", 1, 16384, 16, 128, False),
+        ("dense, 50% empty", 1, 8192, 16, 128, False),
     }
-    for cell in cells:
-        if isinstance(cell.rule, Documents):
-            assert sum(cell.rule.lengths) == cell.seqlen
-    assert [c.bias for c in cells if c.bias] == ["fixed", "fixed", "learned"]
+    assert [(c.bias, *c.shape, c.causal) for c in cells if c.bias] == [
+        ("fixed", 1, 4096, 16, 128, False),
+        ("fixed", 1, 4096, 16, 128, False),
+        ("learned", 1, 4096, 16, 128, False),
+    ]
     assert 3 <= len(list(suites.cells("masks", quick=True))) <= 5
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import unreal_gpu
-from unreal_gpu import OUT, SHAPES, B
+from unreal_gpu import OUT, SHAPES, SK, SQ, B
 
 import cuflash
-from cuflash import interop, reference
+from cuflash import interop, masks, reference
 from cuflash._problem import Problem
 
 LENGTHS = {"q_lens": [2, 4], "kv_lens": [3, 7], "offset": [5, 6]}
@@ -58,7 +58,9 @@ class FakeGpu:
         yield
         self.log.append(("exit", *what))
 
-    def asarray(self, array: np.ndarray) -> Any:
+    def asarray(self, array: Any) -> Any:
+        if not isinstance(array, np.ndarray):
+            return array
         self.log.append(("upload", array.dtype, array.tolist()))
         return unreal_gpu.array(array.shape, array.dtype)
 
@@ -115,6 +117,67 @@ def test_bad_host_lengths_reach_no_kernel(gpu: FakeGpu) -> None:
 def test_a_host_offset_is_a_number(gpu: FakeGpu) -> None:
     cuflash.attention(**unreal_tensors(), offset=np.array(3))
     assert gpu.problem.offset == 3
+
+
+IDS = np.array([[0, 0, 1, 1, 1], [4, 4, 4, 2, 2]])
+KEY_IDS = np.array([[0, 0, 1, 1, 1, 2, 2], [2, 4, 4, 4, 2, 2, 4]])
+
+
+def uploads(*arrays: np.ndarray) -> list[Any]:
+    """The log of them."""
+    return [("upload", x.dtype, x.tolist()) for x in arrays]
+
+
+def test_host_arrays_of_a_mask_are_uploaded(gpu: FakeGpu) -> None:
+    """In the machine's own byte order; those on the GPU stay as they are."""
+    seen, n = np.eye(SQ, SK, dtype=bool), unreal_gpu.array((B,), np.int32)
+    key_ids = pytest.importorskip("torch").from_numpy(KEY_IDS)
+    mask = masks.documents(IDS.astype(">i8"), key_ids) & masks.dense(seen) | masks.prefix(n)
+    cuflash.attention(**unreal_tensors(), mask=mask & masks.lengths([3, 7]))
+    enter, leave = ("enter", "device", 0), ("exit", "device", 0)
+    sent = uploads(IDS, KEY_IDS, seen, np.array([3, 7]))
+    assert gpu.log == [enter, *sent, "run", leave]
+    arrays = list(gpu.problem.mask.arrays().values())
+    assert len(arrays) == 5 and arrays[3] is n
+    assert not any(isinstance(x, np.ndarray) for x in arrays)
+
+
+def test_host_arrays_of_a_score_function_are_uploaded(gpu: FakeGpu) -> None:
+    gain, slope = np.ones((4, 7), np.float32), unreal_gpu.array((4,), np.float32)
+    function = cuflash.ScoreMod("gain(h, j) + slope(h)", named={"gain": gain, "slope": slope})
+    cuflash.attention(**unreal_tensors(), score_mod=function)
+    enter, leave = ("enter", "device", 0), ("exit", "device", 0)
+    assert gpu.log == [enter, *uploads(gain), "run", leave]
+    arrays = gpu.problem.score_mod.arrays()
+    assert not any(isinstance(x, np.ndarray) for x in arrays.values())
+    assert any(x is slope for x in arrays.values())
+
+
+def test_a_compiled_mask_is_uploaded_once(gpu: FakeGpu) -> None:
+    """And calls on any stream find its arrays there: compile waits for them."""
+    arrays = unreal_tensors()
+    mask = masks.documents(IDS, KEY_IDS) | masks.prefix([3, 7])
+    compiled = mask.compile(arrays["q"], arrays["k"])
+    enter, leave = ("enter", "device", 0), ("exit", "device", 0)
+    sent = uploads(IDS, KEY_IDS, np.array([3, 7]))
+    assert gpu.log == [enter, *sent, "synchronize", leave]
+    gpu.log.clear()
+    for _ in range(2):
+        cuflash.attention(**arrays, mask=compiled)
+        found = gpu.problem.mask.arrays()
+        assert all(found[name] is x for name, x in compiled.arrays().items())
+    assert gpu.log == [enter, "run", leave] * 2
+
+
+def test_a_mask_on_another_gpu(gpu: FakeGpu) -> None:
+    mask = masks.causal() & masks.prefix(unreal_gpu.array((B,), np.int64, device=1))
+    message = r"mask leaf 1 \(prefix\) n is a cupy.ndarray on cuda:1; expected one kind on one"
+    tensors = unreal_tensors()
+    with pytest.raises(ValueError, match=message):
+        cuflash.attention(**tensors, mask=mask)
+    with pytest.raises(ValueError, match=message):
+        mask.compile(tensors["q"], tensors["k"])
+    assert gpu.log == []
 
 
 class Tensor:
@@ -317,35 +380,57 @@ def test_cupy(dtype: str) -> None:
         check_attention(arrays, cupy.asnumpy, dtype, **on_device)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_torch(dtype: str) -> None:
+def torch_with_cuda() -> Any:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this torch has no CUDA")
+    return torch
 
-    def to_gpu(array: np.ndarray) -> Any:
-        return torch.from_numpy(array.astype(np.float32)).cuda().to(getattr(torch, dtype))
 
-    def to_numpy(tensor: Any) -> np.ndarray:
-        return tensor.float().cpu().numpy()
+def to_torch(array: np.ndarray) -> Any:
+    """On the GPU; torch does not know NumPy's bfloat16."""
+    torch = torch_with_cuda()
+    return torch.from_numpy(array.astype(np.float32)).cuda().to(getattr(torch, array.dtype.name))
 
-    arrays = {name: to_gpu(x) for name, x in host_tensors(dtype).items()}
-    check_attention(arrays, to_numpy, dtype, **LENGTHS)
+
+def torch_to_numpy(tensor: Any) -> np.ndarray:
+    return tensor.float().cpu().numpy()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_torch(dtype: str) -> None:
+    torch = torch_with_cuda()
+    arrays = {name: to_torch(x) for name, x in host_tensors(dtype).items()}
+    check_attention(arrays, torch_to_numpy, dtype, **LENGTHS)
     on_device = {name: torch.tensor(values).cuda() for name, values in LENGTHS.items()}
     with torch.cuda.stream(torch.cuda.Stream()):
         late = {}
         for name, x in arrays.items():  # made on this stream after a wait: only order brings them
             torch.cuda._sleep(20_000_000)
             late[name] = x.clone()
-        check_attention(late, to_numpy, dtype, **on_device)
+        check_attention(late, torch_to_numpy, dtype, **on_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_torch_and_cupy_get_the_same_bits(dtype: str) -> None:
+    cupy = pytest.importorskip("cupy")
+    arrays = masked(np.random.default_rng(0))
+    inputs = [arrays[name].astype(dtype) for name in ("q", "k", "v", "dout")]
+
+    def results(to_gpu: Any, to_numpy: Any) -> list[bytes]:
+        *tensors, dout = map(to_gpu, inputs)
+        (out, lse), pullback = cuflash.attention_vjp(*tensors, return_lse=True, causal=True)
+        found = (out, lse, *pullback(dout)[:3])
+        return [to_numpy(x).astype(np.float32).tobytes() for x in found]
+
+    assert results(to_torch, torch_to_numpy) == results(cupy.asarray, cupy.asnumpy)
 
 
 @pytest.mark.gpu
 def test_torch_out_is_written_in_place() -> None:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("this torch has no CUDA")
+    torch = torch_with_cuda()
     inputs = host_tensors()
     arrays = {name: torch.from_numpy(x).cuda() for name, x in inputs.items()}
     out = torch.full(OUT, torch.nan, dtype=torch.float16, device="cuda")
@@ -362,3 +447,76 @@ def test_jax(dtype: str) -> None:
         pytest.skip("this JAX has no CUDA")
     arrays = {name: jax.numpy.asarray(x) for name, x in host_tensors(dtype).items()}
     check_attention(arrays, np.asarray, dtype, **LENGTHS)
+
+
+# CUDA graphs
+
+
+def masked(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What `attention` and a mask of several kinds are given."""
+    return {
+        "q": rng.standard_normal((2, 150, 4, 64), np.float32).astype(np.float16),
+        "k": rng.standard_normal((2, 200, 2, 64), np.float32).astype(np.float16),
+        "v": rng.standard_normal((2, 200, 2, 64), np.float32).astype(np.float16),
+        "dout": rng.standard_normal((2, 150, 4, 64), np.float32).astype(np.float16),
+        "kv_lens": rng.integers(50, 201, 2).astype(np.int32),
+        "q_ids": np.sort(rng.integers(0, 4, (2, 150)).astype(np.int32)),
+        "kv_ids": np.sort(rng.integers(0, 4, (2, 200)).astype(np.int32)),
+        "seen": rng.random((2, 1, 150, 200)) < 0.7,
+        "n": rng.integers(0, 201, 2),
+    }
+
+
+def run_masked(q: Any, k: Any, v: Any, dout: Any, kv_lens: Any, **of_mask: Any) -> list[Any]:
+    """Out, lse and the gradients."""
+    mask = masks.documents(of_mask["q_ids"], of_mask["kv_ids"]) & masks.dense(of_mask["seen"])
+    options = {"mask": mask | masks.prefix(of_mask["n"]), "kv_lens": kv_lens, "causal": True}
+    (out, lse), pullback = cuflash.attention_vjp(q, k, v, return_lse=True, **options)
+    return [out, lse, *pullback(dout)[:3]]
+
+
+def packed(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What `attention_varlen` is given: three sequences, and tokens of none."""
+    return {
+        "q": rng.standard_normal((300, 4, 64), np.float32).astype(np.float16),
+        "k": rng.standard_normal((400, 2, 64), np.float32).astype(np.float16),
+        "v": rng.standard_normal((400, 2, 64), np.float32).astype(np.float16),
+        "dout": rng.standard_normal((300, 4, 64), np.float32).astype(np.float16),
+        "cu_seqlens_q": np.array([0, *np.sort(rng.integers(0, 301, 3))], np.int32),
+        "cu_seqlens_k": np.array([0, *np.sort(rng.integers(0, 401, 3))], np.int32),
+    }
+
+
+def run_packed(dout: Any, **inputs: Any) -> list[Any]:
+    """Likewise."""
+    (out, lse), pullback = cuflash.attention_varlen_vjp(**inputs, return_lse=True, causal=True)
+    return [out, lse, *pullback(dout)[:3]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("values", "run"), [(masked, run_masked), (packed, run_packed)], ids=["masked", "packed"]
+)
+def test_a_captured_graph_reads_new_values(values: Any, run: Any) -> None:
+    """No call waits for the GPU, which would end the capture with an error."""
+    cupy = pytest.importorskip("cupy")
+    first, second = (values(np.random.default_rng(seed)) for seed in range(2))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    pool = cupy.cuda.MemoryPool()  # a replay writes to memory that the captured call has freed
+    with stream:
+        arrays = {name: cupy.asarray(x) for name, x in first.items()}
+        run(**arrays)  # what is compiled and loaded at first use is so before the capture
+        with cupy.cuda.using_allocator(pool.malloc):
+            stream.begin_capture()
+            try:
+                results = run(**arrays)
+            finally:
+                graph = stream.end_capture()
+        for x in results:
+            x.fill(np.nan)
+        for name, x in second.items():
+            arrays[name][...] = cupy.asarray(x)
+        graph.launch()
+        expected = run(**arrays)
+        found = [cupy.asnumpy(x).tobytes() for x in results]
+        assert found == [cupy.asnumpy(x).tobytes() for x in expected]

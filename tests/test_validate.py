@@ -74,13 +74,22 @@ MASKS = {
 
 @pytest.mark.parametrize("place", [np.asarray, readable], ids=["host", "device"])
 @pytest.mark.parametrize(("make", "message"), MASKS.values(), ids=MASKS)
-def test_values_of_masks(place: Any, make: Any, message: str) -> None:
-    check = Check("validate", "cuda", reads_device=True)
-    shape = tree.ScoresShape(B, 2 * HK, HK, SQ, SK)
+def test_values_of_masks(no_gpu_needed: None, place: Any, make: Any, message: str) -> None:
+    on_gpu = Maker("cuda")
+    tensors = {n: on_gpu(shape) for n, shape in SHAPES.items()}
     with refused(message):
-        make(place).check(check, shape)
-    if place is readable:
-        make(place).check(check._replace(reads_device=False), shape)
+        cuflash.validate(**tensors, mask=make(place))
+    if place is readable:  # attention lets it pass unread
+        mask = make(place)
+        assert on_gpu.problem(mask=mask).mask is mask
+        assert not any(x.reads for x in mask.arrays().values())
+
+
+def test_masks_on_a_gpu_that_are_possible(no_gpu_needed: None) -> None:
+    on_gpu, n = Maker("cuda"), readable([0, SK])
+    mask = ~tree.Prefix(n) & tree.Intervals(readable(START), readable(START + SQ))
+    assert cuflash.validate(**{n: on_gpu(shape) for n, shape in SHAPES.items()}, mask=mask) is None
+    assert n.reads == ["min", "max"]
 
 
 def test_an_interval_that_ends_before_it_starts_is_none() -> None:
@@ -105,3 +114,14 @@ def test_values_of_a_real_gpu(name: str, values: list[int], message: str) -> Non
     with refused(message):
         cuflash.validate(**tensors, **{name: cupy.asarray(values)})
     assert cuflash.validate(**tensors, **{name: cupy.asarray([0, 1])}) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("make", "message"), MASKS.values(), ids=MASKS)
+def test_values_of_masks_on_a_real_gpu(make: Any, message: str) -> None:
+    import cupy
+
+    tensors = {n: cupy.zeros(shape, np.float16) for n, shape in SHAPES.items()}
+    with refused(message):
+        cuflash.validate(**tensors, mask=make(cupy.asarray))
+    assert not cuflash.attention(**tensors, mask=make(cupy.asarray)).get().any()  # it is clipped
