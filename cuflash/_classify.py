@@ -49,6 +49,17 @@ def attachments(problem: Problem, on: Gpu) -> Tables:
 
 
 def sights(
+    problem: Problem, found: Tables, traits: _traits.Traits, tiling: _traits.Tiling, on: Gpu
+) -> Array:
+    """(B or 1, heads of Rows or 1, query tiles, key tiles): 0 none, 1 some, 2 all visible."""
+
+    def find() -> Array:
+        return _find_sights(problem, found, traits, tiling, on, whole_rows=False)
+
+    return _kept(problem, ("sights", traits.extras, tiling), on, find)
+
+
+def _find_sights(
     problem: Problem,
     found: Tables,
     traits: _traits.Traits,
@@ -56,7 +67,7 @@ def sights(
     on: Gpu,
     whole_rows: bool,
 ) -> Array:
-    """(B or 1, heads of Rows or 1, query tiles, key tiles): 0 none, 1 some, 2 all visible."""
+    """As `sights`; with `whole_rows`, rows past the query length are not visible."""
     packed = problem.group if tiling.pack_group else 1  # heads in the rows
     masks_of_rows, heads = 1, 1
     if _program.depends_on_head(problem.mask):
@@ -80,7 +91,7 @@ def _tile_lists(
     of_keys: bool,
 ) -> tuple[TileLists, Array]:
     """Where the lists are, and the array that owns them."""
-    own_sights = sights(problem, found, traits, tiling, on, whole_rows=of_keys)
+    own_sights = _find_sights(problem, found, traits, tiling, on, whole_rows=of_keys)
     batches, heads, query_tiles, key_tiles = own_sights.shape
     kernel = _plan_small.mask_lists_kernel(on.device.capability)
     turns = on.empty(own_sights.shape, np.uint32) if of_keys else None

@@ -41,7 +41,7 @@ def bias_gradient(
     plan = _plan_small.bias_gradient_plan(traits, on.device.capability)
     sights = None
     if problem.mask is not None:
-        sights = _classify.sights(problem, tables, traits, plan.tiling, on, whole_rows=False)
+        sights = _classify.sights(problem, tables, traits, plan.tiling, on)
 
     extent = (1,) * (4 - bias.ndim) + bias.shape
     axes = (

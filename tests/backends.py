@@ -165,6 +165,15 @@ class Launch:
         """A backward's, in float32: rounded to 16 bits, sums in another order are mostly equal."""
         return max((x for x in self.buffers if x.dtype == np.float32), key=np.size)
 
+    @property
+    def tiling(self) -> _traits.Tiling:
+        """How a main kernel cuts the matrix of scores."""
+        constants = dict(self.kernel.constants)
+        block_q = constants.get("BLOCK_Q", 64 * constants.get("CONSUMERS", 0))
+        hoppers = 64 if "wide" in self.kernel.source else 128  # of its backward
+        block_kv = constants.get("BLOCK_KV", hoppers)
+        return _traits.Tiling(block_q, block_kv, bool(constants.get("PACK_GROUP", 0)))
+
 
 class EmulatedGpu:
     """Takes the place of `_gpu.Gpu`: memory is NumPy's, a launch runs the kernel's PTX.

@@ -107,11 +107,24 @@ LEAVES: dict[str, Make] = {
 
 def every_leaf(rng: np.random.Generator, case: Case) -> Mask:
     """One tree of all of them."""
+    makes = (documents, intervals, lengths, dense, blocks, window, prefix)
+    return joined(*(make(rng, case) for make in makes))
+
+
+def joined(
+    documents: Mask,
+    intervals: Mask,
+    lengths: Mask,
+    dense: Mask,
+    blocks: Mask,
+    window: Mask,
+    prefix: Mask,
+) -> Mask:
+    """Always the same tree, which the same kernels serve."""
     return (
-        (documents(rng, case) & masks.causal(3))
-        | (intervals(rng, case) & ~lengths(rng, case))
-        | ~(dense(rng, case) | blocks(rng, case))
-        & (window(rng, case) | prefix(rng, case) & SCATTERED)
+        (documents & masks.causal(3))
+        | (intervals & ~lengths)
+        | ~(dense | blocks) & (window | prefix & SCATTERED)
     )
 
 

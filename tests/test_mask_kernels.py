@@ -8,14 +8,17 @@ from typing import Any
 import mask_cases
 import numpy as np
 import pytest
-from backends import EmulatedBackend, EmulatedGpu, _arrays_of
-from conftest import emulated
+from backends import Backend, EmulatedBackend, EmulatedGpu, Launch, _arrays_of
+from conftest import emulated, on_every_backend
 from test_attention import check, check_non_finite, run
+from test_masks import HIDING
 
 from cuflash import _classify, _launch, _traits, masks
+from cuflash._checks import Check
 from cuflash._problem import GradientProblem, Problem
 from cuflash._reference_masks import visibility
 from cuflash._traits import Tiling
+from cuflash.cli import oracle
 from cuflash.cli.cases import Case
 from cuflash.masks import Mask
 
@@ -236,44 +239,72 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("visible", SEEN.values(), ids=SEEN)
+WIDE = replace(CASE, head_dim=192, head_dim_v=128)  # Hopper's backward has a kernel for these
+SEEN_BY = [
+    *(pytest.param(CASE, visible, id=name) for name, visible in SEEN.items()),
+    # All tiles are whole, in both directions.
+    pytest.param(replace(CASE, seqlen_q=256, seqlen_k=384), np.ones((1, 1), bool), id="whole"),
+    *(
+        pytest.param(WIDE, SEEN[name], id=f"wide-{name}", marks=pytest.mark.full)
+        for name in ("cells", "everything")
+    ),
+]
+
+
+@pytest.mark.parametrize("case, visible", SEEN_BY)
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_visible_tiles_are_loaded_and_no_others(capability: int, visible: np.ndarray) -> None:
-    """And the results are right."""
+def test_visible_tiles_are_loaded_and_no_others(
+    capability: int, case: Case, visible: np.ndarray
+) -> None:
+    """And of the mask what partly visible ones need; and the results are right."""
     backend = emulated(capability=capability)
     mask = masks.dense(visible)
-    q, k, v, dout, _ = arrays = CASE.arrays()
-    check(backend, CASE, arrays[:4], mask=mask)
-    forward, backward = (
-        next(x for x in backend.launches if x.kernel.entry == name)
-        for name in ("flash_fwd", "flash_bwd")
-    )
+    q, k, v, dout, _ = arrays = case.arrays()
+    check(backend, case, arrays[:4], mask=mask)
+    forward, backward = (the_launch(backend, name) for name in ("flash_fwd", "flash_bwd"))
 
-    problem = problem_of(CASE, mask=mask)
-    sights = brute_force(problem, tiling_of(forward), whole_rows=False)
-    keys = heights(sights.shape[3], tiling_of(forward).block_kv, CASE.seqlen_k)
+    problem = problem_of(case, mask=mask)
+    sights = brute_force(problem, forward.tiling, whole_rows=False)
+    rows, keys = sizes(problem, forward.tiling, sights)
     loaded = ((sights != NONE) * keys).sum()
     assert forward.bytes_read(k) == loaded * k[0, 0, 0].nbytes
     assert forward.bytes_read(v) == loaded * v[0, 0, 0].nbytes
+    # Each of them takes as long as it takes: the hardware spreads them, one block to each.
+    assert forward.blocks == sights[..., 0].size
+    check_bits_read(forward, mask, (sights == SOME) * rows * keys)
 
-    tiling = tiling_of(backward)
-    visited = brute_force(problem, tiling, whole_rows=True) != NONE
-    packed = problem.group if tiling.pack_group else 1
-    rows = heights(visited.shape[2], tiling.block_q, CASE.seqlen_q * packed)
-    keys = heights(visited.shape[3], tiling.block_kv, CASE.seqlen_k)
-    loaded = (visited * rows[:, None]).sum()
+    sights = brute_force(problem, backward.tiling, whole_rows=True)
+    visited = sights != NONE
+    rows, keys = sizes(problem, backward.tiling, sights)
+    loaded = (visited * rows).sum()
     assert backward.bytes_read(q) == loaded * q[0, 0, 0].nbytes
     assert backward.bytes_read(dout) == loaded * dout[0, 0, 0].nbytes
     loaded = (visited.any(axis=(1, 2)) * keys).sum()  # once for all rows of a key head
     assert backward.bytes_read(k) == loaded * k[0, 0, 0].nbytes
     assert backward.bytes_read(v) == loaded * v[0, 0, 0].nbytes
+    check_bits_read(backward, mask, (sights == SOME) * rows * keys)
 
 
-def tiling_of(launch: Any) -> Tiling:
-    constants = dict(launch.kernel.constants)
-    block_q = constants.get("BLOCK_Q", 64 * constants.get("CONSUMERS", 0))
-    block_kv = constants.get("BLOCK_KV", 128)  # Hopper's backward
-    return Tiling(block_q, block_kv, bool(constants.get("PACK_GROUP", 0)))
+def the_launch(backend: EmulatedBackend, entry: str) -> Launch:
+    return next(x for x in backend.launches if x.kernel.entry == entry)
+
+
+def check_bits_read(launch: Launch, mask: Mask, pairs: np.ndarray) -> None:
+    """A word for each of these pairs, and none where there are none."""
+    (leaf,) = mask.leaves()
+    shape = (1,) * (4 - leaf.array.ndim) + leaf.array.shape
+    shape = (*shape[:3], -(-shape[3] // _classify.WORD_KEYS))
+    words = [x for x in launch.buffers if x.dtype == np.uint32 and x.shape == shape]
+    assert words
+    read = sum(map(launch.bytes_read, words))
+    assert read == pairs.sum() * words[0].itemsize
+
+
+def sizes(problem: Problem, tiling: Tiling, sights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each tile the rows, (query tiles, 1), and the keys."""
+    packed = problem.group if tiling.pack_group else 1
+    rows = heights(sights.shape[2], tiling.block_q, problem.seqlen_q * packed)
+    return rows[:, None], heights(sights.shape[3], tiling.block_kv, problem.seqlen_k)
 
 
 def heights(tiles: int, block: int, length: int) -> np.ndarray:
@@ -330,6 +361,144 @@ def check_scattered_non_finite(
     check_non_finite(emulated(capability=capability), case, where, mask=mask)
 
 
+# ------------------------------------------------------------------------- what is hidden
+
+
+BIASED = replace(CASE, seqlen_q=150, seqlen_k=200)
+SEEN_OF_BIASED = SEEN["cells"][:, :, :150, :200]
+
+
+def test_hidden_biases_may_be_nan(backend: Backend) -> None:
+    bias = np.random.default_rng(0).standard_normal(SEEN_OF_BIASED.shape, np.float32)
+    bias[~SEEN_OF_BIASED] = np.nan
+    check(backend, BIASED, bias=bias, mask=masks.dense(SEEN_OF_BIASED))
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_the_gradient_of_a_bias_loads_visible_tiles_and_no_others(capability: int) -> None:
+    backend, mask = emulated(capability=capability), masks.dense(SEEN_OF_BIASED)
+    q, k, v, dout, _ = arrays = BIASED.arrays()
+    run(backend, BIASED, arrays, mask=mask, bias=np.zeros(SEEN_OF_BIASED.shape, np.float32))
+    launch, problem = the_launch(backend, "flash_bwd_bias"), problem_of(BIASED, mask=mask)
+    seen = brute_force(problem, launch.tiling, whole_rows=False) != NONE
+    assert not seen.all()
+    rows, keys = sizes(problem, launch.tiling, seen)
+    for of_rows, of_keys in ((q, k), (dout, v)):
+        assert launch.bytes_read(of_rows) == (seen * rows).sum() * of_rows[0, 0, 0].nbytes
+        assert launch.bytes_read(of_keys) == (seen * keys).sum() * of_keys[0, 0, 0].nbytes
+
+
+HIDING_CASE = replace(CASE, batch=2, seqlen_q=70, seqlen_k=90, heads_q=4, heads_k=2)
+TREE_CASE = replace(HIDING_CASE, head_dim=32, head_dim_v=64)
+# Their kernels are those of other tests: of each other leaf they are its own.
+HIDING_ALWAYS = [f"emulated-{x}-{name}" for x in ARCHITECTURES for name in ("dense", "every-leaf")]
+
+
+def hiding() -> dict[str, tuple[Case, Mask]]:
+    """Masks with rows that see no key or keys that no row sees, beside others."""
+    dense = ~np.logical_or.outer(np.arange(70) % 5 > 1, np.arange(90) % 7 > 3)
+    cases = {name: (HIDING_CASE, mask) for name, mask in HIDING.items()}
+    cases["dense"] = (HIDING_CASE, masks.dense(dense))
+    return {**cases, "every-leaf": (TREE_CASE, hiding_tree())}
+
+
+def hiding_tree() -> Mask:
+    """Rows below 20 see no key, and no row sees the keys from 70 on."""
+    batch, rows, keys = 2, np.arange(70), np.arange(90)
+    blind, unseen = rows < 20, keys >= 70
+    q_ids = np.where(blind, -1, rows // 25)
+    kv_ids = np.where(unseen, -2, keys // 25)
+    end = np.where(unseen, 70, 20).reshape(1, 1, 90, 1).repeat(batch, axis=0)
+    return mask_cases.joined(
+        masks.documents(q_ids[None].repeat(batch, axis=0), kv_ids[None].repeat(batch, axis=0)),
+        masks.intervals(np.zeros_like(end), end),
+        masks.lengths([40, 0]),
+        masks.dense(np.logical_or.outer(blind, unseen)),
+        masks.blocks(np.diag([True, False, True]), 30, 30),
+        masks.window(20, 3, 15),
+        masks.prefix([90, 50]),
+    )
+
+
+@pytest.mark.parametrize(
+    "backend, case, mask", on_every_backend(hiding(), HIDING_ALWAYS), indirect=["backend"]
+)
+def test_what_a_mask_hides_may_be_nan(backend: Backend, case: Case, mask: Mask) -> None:
+    """Everywhere that nobody sees, in k and v, and where nothing is seen, in q, dout and dlse."""
+    clean = case.arrays()
+    q, k, v, dout, dlse = (x.copy() for x in clean)
+    visible = visible_pairs(problem_of(case, mask=mask))
+    blind = ~visible.any(axis=3)  # (B, Hq, Sq)
+    unseen = ~visible.reshape(2, 2, 2, 70, 90).any(axis=(2, 3)).swapaxes(1, 2)  # (B, Sk, Hk)
+    assert visible.any() and (blind.any() or unseen.any())
+    q[blind.swapaxes(1, 2)] = dout[blind.swapaxes(1, 2)] = k[unseen] = v[unseen] = np.nan
+    dlse[blind] = np.nan
+    found = run(backend, case, (q, k, v, dout, None), dlse, mask=mask)
+    check_bounds(found, oracle.expect(clean, {**case.options, "mask": mask}))
+
+
+def check_bounds(found: dict[str, np.ndarray], bounds: dict[str, oracle.Bound]) -> None:
+    for name, bound in bounds.items():
+        error = bound.error(found[name])
+        assert error <= bound.allowed, f"{name}: error {error:.2e}, allowed {bound.allowed:.2e}"
+
+
+# ------------------------------------------------------------------------- any data
+
+FAR = 2**63 - 1
+WILD = np.array([-FAR - 1, -FAR, -(2**61), -5, 0, 3, 90, 10**6, 2**31, 2**33, 2**61, FAR])
+WILD_CASE = replace(TREE_CASE, batch=3)
+WILD_OPTIONS = {
+    "q_lens": np.array([2**40, -7, 65]),
+    "kv_lens": np.array([91, 2**33, -(2**50)]),
+    "offset": np.array([FAR, -FAR, 20]),
+}
+
+
+def wild_mask(offset: np.ndarray) -> Mask:
+    """`offset`: of its window. All others are any integers."""
+    rng = np.random.default_rng(0)
+    case = WILD_CASE
+
+    def wild(*shape: int) -> np.ndarray:
+        return rng.choice(WILD, (case.batch, *shape))
+
+    return mask_cases.joined(
+        masks.documents(wild(case.seqlen_q), wild(case.seqlen_k)),
+        masks.intervals(*(wild(case.heads_k, case.seqlen_k, 2) for _ in range(2))),
+        masks.lengths(wild(), wild()),
+        mask_cases.dense(rng, case),
+        mask_cases.blocks(rng, case),
+        masks.window(None, 7, offset),
+        masks.prefix(wild()),
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["lengths", "masks"])
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_integers_of_any_data_stay_inside(
+    capability: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host reads no values: kernels clip lengths, and offsets to what does not wrap.
+
+    The emulator reports whatever reads or writes outside the arrays.
+    """
+    monkeypatch.setattr(Check, "values_within", lambda self, name, array, low, high: None)
+    case = WILD_CASE if masked else replace(WILD_CASE, head_dim_v=32)
+    offset = WILD_OPTIONS["offset"]
+    options = {**WILD_OPTIONS, "causal": True, "mask": wild_mask(offset) if masked else None}
+    found = run(emulated(capability=capability), case, dlse=case.arrays().dlse, **options)
+
+    offset = np.clip(offset, -(2**60), 2**60)
+    options |= {
+        "q_lens": np.clip(options["q_lens"], 0, case.seqlen_q),
+        "kv_lens": np.clip(options["kv_lens"], 0, case.seqlen_k),
+        "offset": offset,
+        "mask": wild_mask(offset) if masked else None,
+    }
+    check_bounds(found, oracle.expect(case.arrays(), options))
+
+
 # ------------------------------------------------------------------------- what is launched
 
 IN_FORWARD = ["mask_bits", "mask_tiles", "mask_lists", "flash_fwd"]
@@ -361,6 +530,25 @@ def test_compiled_masks_keep_what_calls_find(capability: int) -> None:
     check(backend, CASE, mask=compiled)
     again = [launch.kernel for launch in backend.launches[before:]]
     assert entries_of(again) == ["flash_fwd", *OF_BACKWARD]
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_compiled_masks_keep_what_the_gradient_of_a_bias_finds(capability: int) -> None:
+    backend = emulated(capability=capability)
+    q, k, v, dout, _ = BIASED.arrays()
+    mask = masks.dense(SEEN_OF_BIASED).compile(q, k)
+    bias = np.zeros(SEEN_OF_BIASED.shape, np.float32)
+    out, lse = backend.forward(q, k, v, mask=mask, bias=bias)
+    found = []
+    for _ in range(2):
+        before = len(backend.launches)
+        grads = backend.backward(dout, q, k, v, out, lse, mask=mask, bias=bias)
+        entries = [launch.kernel.entry for launch in backend.launches[before:]]
+        found.append((entries, grads.dbias))
+    (first, right), (second, again) = found
+    assert first.count("mask_tiles") == 2  # of the main kernel's tiles and of the bias's
+    assert second == [*OF_BACKWARD, "flash_bwd_bias", "flash_bwd_bias_sum"]
+    np.testing.assert_array_equal(again, right)
 
 
 def test_compiled_masks_hold_what_kernels_read() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import re
-import sys
 import tracemalloc
 from typing import Any
 
@@ -11,7 +11,7 @@ import backends
 import numpy as np
 import pytest
 import threadpoolctl
-from conftest import emulated
+from conftest import emulated, on_every_backend
 from test_interop import jax_kind, numpy_kind, torch_kind
 from unreal_gpu import Maker, readable
 
@@ -19,6 +19,8 @@ import cuflash
 from cuflash import ScoreMod, _cpu_packed, _work, cpu, reference
 from cuflash._checks import Check
 from cuflash._packed import PackedProblem
+from cuflash._reference_masks import visibility
+from cuflash._traits import Tiling
 from cuflash.cli import oracle
 from cuflash.cli.cases import Arrays
 
@@ -42,6 +44,7 @@ OPTIONS = {
     "causal": {"causal": True},
     "top-left": {"causal": True, "offset": 0},
     "window": {"window": (20, 3), "offset": np.array([1, -2, 30, 4, 0])},
+    "band": {"window": (50, None), "causal": True},
     "softcap-and-scale": {"softcap": 0.9, "scale": 0.6},
     "alibi": {"alibi_slopes": np.array([0.5, 0.25, 0.125, 0.06]), "causal": True},
     "alibi-per-sequence": {"alibi_slopes": np.random.default_rng(3).standard_normal((5, HQ)) / 8},
@@ -61,7 +64,12 @@ OPTIONS = {
 class Packed:
     """Standard normal tokens of some sequences; NaN behind the last."""
 
-    def __init__(self, lengths: tuple[list[int], list[int], int, int], dtype: Any = np.float64):
+    def __init__(
+        self,
+        lengths: tuple[list[int], list[int], int, int],
+        dtype: Any = np.float64,
+        head_dim_v: int = DV,
+    ):
         rows, keys, rows_behind, keys_behind = lengths
         self.cu_seqlens = tuple(
             np.concatenate([[0], np.cumsum(x)]).astype(int) for x in (rows, keys)
@@ -76,8 +84,8 @@ class Packed:
 
         self.q = tokens(sum(rows), rows_behind, HQ, D)
         self.k = tokens(sum(keys), keys_behind, HK, D)
-        self.v = tokens(sum(keys), keys_behind, HK, DV)
-        self.dout = tokens(sum(rows), rows_behind, HQ, DV)
+        self.v = tokens(sum(keys), keys_behind, HK, head_dim_v)
+        self.dout = tokens(sum(rows), rows_behind, HQ, head_dim_v)
         self.dlse = tokens(sum(rows), rows_behind, HQ).T.astype(np.float32)
 
     def options(self, name: str) -> dict[str, Any]:
@@ -116,9 +124,8 @@ def check_float64(x: Packed, options: dict[str, Any]) -> None:
         np.testing.assert_allclose(found[name], array, rtol=1e-10, atol=1e-10, err_msg=name)
 
 
-def check_bounds(backend: backends.Backend, x: Packed, options: dict[str, Any]) -> None:
-    """Within the bounds that the batch, padded to one length, has."""
-    found = run(backend, x, options)
+def bounds_of(x: Packed, options: dict[str, Any]) -> dict[str, oracle.Bound]:
+    """Those of the batch, padded to one length."""
     rows, keys = x.cu_seqlens
     lens = {"q_lens": np.diff(rows), "kv_lens": np.diff(keys)}
     dense = Arrays(
@@ -126,14 +133,20 @@ def check_bounds(backend: backends.Backend, x: Packed, options: dict[str, Any]) 
         reference._padded(x.dout, rows),
         reference._padded(x.dlse.T, rows).swapaxes(1, 2),
     )
-    for name, bound in oracle.expect(dense, {**lens, **options}).items():
+    return oracle.expect(dense, {**lens, **options})
+
+
+def check_found(found: dict[str, np.ndarray], x: Packed, bounds: dict[str, oracle.Bound]) -> None:
+    """What a run found lies within the bounds."""
+    rows, keys = x.cu_seqlens
+    for name, bound in bounds.items():
         array = found[name]
         if name != "dsinks":
             cu = keys if name in ("dk", "dv") else rows
             array = reference._padded(array.T if name == "lse" else array, cu)
         if name == "lse":
             array = array.swapaxes(1, 2)
-            for one, length in zip(array, lens["q_lens"], strict=True):
+            for one, length in zip(array, np.diff(rows), strict=True):
                 one[:, length:] = -np.inf
         error = bound.error(array)
         assert error <= bound.allowed, f"{name}: error {error:.2e}, allowed {bound.allowed:.2e}"
@@ -161,46 +174,142 @@ def test_every_option_on_every_batch(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_dtypes(small_tiles: None, dtype: str) -> None:
     x = Packed(LENGTHS["unlike"], np.dtype(dtype))
-    check_bounds(backends.CpuBackend(), x, x.options("causal"))
+    options = x.options("causal")
+    check_found(run(backends.CpuBackend(), x, options), x, bounds_of(x, options))
+
+
+# Of several tiles, whose places count from the sequence and from the array.
+LONG = ([200, 0, 5, 210], [150, 7, 0, 290], 9, 11)
+# Hopper's own kernels move rows of whole multiples of 16 bytes, for more than 64 tokens.
+DV_OF_HOPPER = 16
+
+ON_EVERY_BACKEND = {
+    "unlike-window-sinks": ("unlike", DV_OF_HOPPER, ("window", "sinks")),
+    "tokens-behind-causal": ("tokens-behind", DV, ("causal",)),
+    "empty-ones-causal": ("empty-ones", DV, ("causal",)),
+    "only-empty-ones-causal": ("only-empty-ones", DV, ("causal",)),
+    "no-sequences-causal": ("no-sequences", DV, ("causal",)),
+    "long-band-sinks": ("long", DV_OF_HOPPER, ("sinks", "band")),
+    "long-dropout-sinks": ("long", DV_OF_HOPPER, ("dropout", "sinks")),
+    "long-causal": ("long", DV_OF_HOPPER, ("causal",)),
+    "long-alibi": ("long", DV_OF_HOPPER, ("alibi",)),
+    "unlike-dropout-alibi": ("unlike", DV, ("dropout", "alibi-per-sequence")),
+    "empty-ones-score_mod-softcap": ("empty-ones", DV, ("score_mod", "softcap-and-scale")),
+}
+ALWAYS = [
+    f"emulated-{capability}-{name}"
+    for capability in (80, 90)
+    for name in list(ON_EVERY_BACKEND)[: 1 + list(ON_EVERY_BACKEND).index("long-dropout-sinks")]
+]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "names"),
-    [
-        pytest.param("unlike", ("window", "sinks"), id="unlike-window-sinks"),
-        pytest.param("tokens-behind", ("causal",), id="tokens-behind-causal"),
-        pytest.param("empty-ones", ("causal",), id="empty-ones-causal"),
-        pytest.param("only-empty-ones", ("causal",), id="only-empty-ones-causal"),
-        pytest.param("no-sequences", ("causal",), id="no-sequences-causal"),
-        pytest.param("unlike", ("dropout", "alibi-per-sequence"), marks=pytest.mark.full),
-        pytest.param("empty-ones", ("score_mod", "softcap-and-scale"), marks=pytest.mark.full),
-    ],
+    "backend, lengths, head_dim_v, names",
+    on_every_backend(ON_EVERY_BACKEND, always=ALWAYS),
+    indirect=["backend"],
 )
 def test_on_every_backend(
-    backend: backends.Backend, lengths: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    backend: backends.Backend, lengths: str, head_dim_v: int, names: tuple[str, ...]
 ) -> None:
-    # Hopper's own kernels move rows of whole multiples of 16 bytes, for more than 64 tokens.
-    if backend.name == "emulated-90":
-        monkeypatch.setattr(sys.modules[__name__], "DV", 16)
-    x = Packed(LENGTHS[lengths], np.float16)
-    check_bounds(backend, x, {k: v for name in names for k, v in x.options(name).items()})
+    x, options, bounds = problem_and_bounds(lengths, head_dim_v, names)
+    check_found(run(backend, x, options), x, bounds)
 
 
-def test_edges_of_any_data_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU cu_seqlens is not read by the host: the tables hold it inside the arrays."""
-    backend = emulated(capability=80)
-    x = Packed(LENGTHS["unlike"], np.float16)
-    wild = np.array([5, -3, 90, 40, 2**40, 10])
-    monkeypatch.setattr(Check, "cu_seqlens", lambda self, name, array, tokens: array)
-    out, lse = backend.forward_varlen(x.q, x.k, x.v, wild, wild, causal=True)
-    # The running maximum, inside the array: sequences of tokens 5 to 5, 5 to 90, 90 to 90, ...
-    tokens = len(x.q)
-    expected_out, expected_lse = reference.attention_varlen(
-        x.q, x.k, x.v, *(np.array([5, 5, 90, 90, len(a), len(a)]) for a in (x.q, x.k)), causal=True
+@functools.cache
+def problem_and_bounds(
+    lengths: str, head_dim_v: int, names: tuple[str, ...]
+) -> tuple[Packed, dict[str, Any], dict[str, oracle.Bound]]:
+    """One for all backends: bounds of long sequences take longer than kernels."""
+    x = Packed({**LENGTHS, "long": LONG}[lengths], np.float16, head_dim_v)
+    options = {k: v for name in names for k, v in x.options(name).items()}
+    return x, options, bounds_of(x, options)
+
+
+def visible_tiles(x: Packed, options: dict[str, Any], tiling: Tiling) -> list[np.ndarray]:
+    """Of each sequence, (query tiles, key tiles): which of them any query of theirs sees.
+
+    Each is as many rows and keys as it has, or 0: (2, query tiles, key tiles).
+    """
+    group = HQ // HK if tiling.pack_group else 1
+    window = options.get("window")
+    found = []
+    for b in range(x.batch):
+        i, j = (slice(*cu[b : b + 2]) for cu in x.cu_seqlens)
+        place = (x.q[None, i], x.k[None, j], options["causal"], options.get("offset"), window)
+        visible = visibility(*place, None, None, None)[0, 0].repeat(group, axis=0)
+        if not visible.size:
+            continue
+        rows, keys = (
+            np.arange(0, n, block)
+            for n, block in zip(visible.shape, (tiling.block_q, tiling.block_kv), strict=True)
+        )
+        tiles = np.logical_or.reduceat(np.logical_or.reduceat(visible, rows), keys, axis=1)
+        heights, widths = (
+            np.diff(x, append=n) for x, n in zip((rows, keys), visible.shape, strict=True)
+        )
+        found.append(tiles * np.stack(np.broadcast_arrays(heights[:, None], widths)))
+    return found
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_visible_tiles_are_loaded_and_no_others(capability: int) -> None:
+    """By the kernels of that architecture, of sequences of any length, and of them alone."""
+    backend, x = emulated(capability=capability), Packed(LONG, np.float16, DV_OF_HOPPER)
+    options = {**x.options("sinks"), **x.options("band")}
+    run(backend, x, options)
+    forward, backward = (
+        next(one for one in backend.launches if one.kernel.entry == name)
+        for name in ("flash_fwd", "flash_bwd")
     )
-    np.testing.assert_allclose(out, expected_out, atol=4e-3)
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
-    assert (out[:5] == 0).all() and np.isneginf(lse[:, :5]).all() and tokens > 90
+    assert forward.kernel.source == f"flash_fwd_sm{capability}.cu"
+    assert backward.kernel.source == f"flash_bwd_sm{capability}.cu"
+
+    group, heads = (2, HK) if forward.tiling.pack_group else (1, HQ)
+    # One block for each place that a tile may have: none waits for another's.
+    assert forward.blocks == heads * (len(x.q) * group // forward.tiling.block_q + x.batch)
+    tiles = visible_tiles(x, options, forward.tiling)
+    loaded = heads * sum(widths.sum() for _, widths in tiles)
+    assert forward.bytes_read(x.k) == loaded * x.k[0, 0].nbytes
+    assert forward.bytes_read(x.v) == loaded * x.v[0, 0].nbytes
+
+    heads = HK if backward.tiling.pack_group else HQ
+    tiles = visible_tiles(x, options, backward.tiling)
+    loaded = heads * sum(heights.sum() for heights, _ in tiles)
+    assert backward.bytes_read(x.q) == loaded * x.q[0, 0].nbytes
+    assert backward.bytes_read(x.dout) == loaded * x.dout[0, 0].nbytes
+    loaded = HK * sum(widths.max(axis=0).sum() for _, widths in tiles)
+    assert backward.bytes_read(x.k) == loaded * x.k[0, 0].nbytes
+    assert backward.bytes_read(x.v) == loaded * x.v[0, 0].nbytes
+
+
+FAR = 2**62
+WILD_EDGES = {  # of q and of k, and where they lie inside 151 and 156 tokens
+    "beyond": (
+        ([5, -3, 90, 40, 2**40, 10], [5, 5, 90, 90, 151, 151]),
+        ([-FAR, 20, 10, 60, FAR, 0], [0, 20, 20, 60, 156, 156]),
+    ),
+    "negative": (([-9, -8, -7, -6, -5, -FAR], [0] * 6), ([400, 300, 200, 0, 1, 2], [156] * 6)),
+    "backwards": (([100, 80, 60, 40, 20, 0], [100] * 6), ([FAR, 3, 0, 7, 9, 4], [156] * 6)),
+}
+
+
+@pytest.mark.parametrize("edges", WILD_EDGES.values(), ids=WILD_EDGES)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_edges_of_any_data_stay_inside(
+    capability: int, edges: tuple[tuple[list[int], list[int]], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU cu_seqlens is not read by the host: the tables hold it inside the arrays."""
+    x = Packed(LENGTHS["unlike"], np.float16, DV_OF_HOPPER)
+    options = {**x.options("window"), **x.options("sinks")}
+    monkeypatch.setattr(Check, "cu_seqlens", lambda self, name, array, tokens: array)
+    x.cu_seqlens = tuple(np.array(wild) for wild, _ in edges)
+    found = run(emulated(capability=capability), x, options)
+    # The running maximum, inside the array.
+    x.cu_seqlens = tuple(np.array(inside) for _, inside in edges)
+    check_found(found, x, bounds_of(x, options))
+    for cu, names in zip(x.cu_seqlens, (("out", "dq"), ("dk", "dv")), strict=True):
+        for name in names:
+            assert not found[name][: cu[0]].any() and not found[name][cu[-1] :].any(), name
 
 
 def test_the_reference_is_a_loop_over_sequences() -> None:
