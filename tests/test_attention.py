@@ -7,6 +7,7 @@ keep to few head sizes, because each new one is compiled; `test_kernels.py` comp
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import backends
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import emulated
 
-from cuflash.cli import oracle
+from cuflash.cli import calls, oracle
 from cuflash.cli.cases import Case, spread
 
 BFLOAT16, FLOAT16 = np.dtype("bfloat16"), np.dtype("float16")
@@ -84,8 +85,22 @@ def test_kernels_under_other_schedules(name: str, schedule: tuple[str, int]) -> 
 @pytest.mark.parametrize("case", list(spread()), ids=str)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("capability", [80, 90])
-def test_every_case_of_check_emulated(capability: int, case: Case, seed: int) -> None:
-    check(emulated(capability=capability, schedule="random", seed=seed), case)
+def test_every_case_of_check_emulated(
+    monkeypatch: pytest.MonkeyPatch, capability: int, case: Case, seed: int
+) -> None:
+    """By the calls that check makes, also with compiled masks and of packed sequences."""
+    backend = emulated(capability=capability, schedule="random", seed=seed)
+    functions = SimpleNamespace(
+        attention=lambda *q_k_v, return_lse, **options: backend.forward(*q_k_v, **options),
+        attention_backward=backend.backward,
+        attention_varlen=lambda *arrays, return_lse, **options: backend.forward_varlen(
+            *arrays, **options
+        ),
+        attention_varlen_backward=backend.backward_varlen,
+    )
+    monkeypatch.setattr(calls, "cuflash", functions)
+    arrays = case.arrays()
+    compare(calls.results(case, arrays, np), oracle.expect(arrays, case.options))
 
 
 @pytest.mark.full
@@ -238,7 +253,12 @@ def check(
     arrays = case.arrays()
     placed = [*placed, None] if placed else arrays
     found = run(backend, case, placed, dlse=arrays.dlse, **options)
-    for name, bound in oracle.expect(arrays, {**case.options, **options}).items():
+    compare(found, oracle.expect(arrays, {**case.options, **options}))
+
+
+def compare(found: dict[str, np.ndarray], bounds: dict[str, oracle.Bound]) -> None:
+    """Every result is within its bound."""
+    for name, bound in bounds.items():
         error = bound.error(found[name])
         assert error <= bound.allowed, f"{name}: error {error:.2e}, allowed {bound.allowed:.2e}"
 
