@@ -109,7 +109,8 @@ def test_synchronisation_errors(code: str) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_may_wait_for_earlier_blocks(threads: int) -> None:
+def test_blocks_may_wait_for_blocks_that_asked_earlier(threads: int) -> None:
+    """In linear order, which eager schedules have, that is for blocks of a lower number."""
     kernel = program(
         """
         mov.u32 %r1, %ctaid.x; setp.ne.u32 %p1, %r0, 0; @%p1 bra done;
@@ -119,11 +120,14 @@ def test_blocks_may_wait_for_earlier_blocks(threads: int) -> None:
         done: bar.sync 0;"""
     )
     out = np.zeros(2, np.uint32)
-    launch(kernel, out, grid=20, threads=threads)
+    launch(kernel, out, grid=20, threads=threads, schedule="eager")
     expected = 0
     for block in range(20):
         expected = (3 * expected + block) % 2**32
     assert out.tolist() == [20, expected]
+    for schedule in ("lazy", "random"):
+        with pytest.raises(EmulatorError, match="deadlock"):
+            launch(kernel, np.zeros(2, np.uint32), grid=20, threads=threads, schedule=schedule)
     backwards = program(
         "wait: ld.volatile.global.u32 %r2, [%rd0]; setp.ne.u32 %p2, %r2, 7; @%p2 bra wait;"
     )

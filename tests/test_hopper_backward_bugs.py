@@ -153,6 +153,12 @@ SHARED_BUGS = {
         "deadlock:",
         CASE,
     ),
+    "work-by-the-block": (
+        "kDeterministic ? warp_uniform(ld_shared_u32(smem.ticket())) : blockIdx.x",
+        "blockIdx.x",
+        "deadlock:",
+        SUMMED,
+    ),
     "turn-not-awaited": (AWAIT_TURN, "", DIFFERENT_BITS, SUMMED),
     "turn-passed-early": (SUMS_ADDED + PASS_TURN, PASS_TURN + SUMS_ADDED, DIFFERENT_BITS, SUMMED),
     "turn-not-awaited-128": (AWAIT_TURN, "", DIFFERENT_BITS, replace(SUMMED, head_dim=128)),

@@ -180,6 +180,15 @@ BUGS = {
         LONG,
         {"mask": checkered(LONG)},
     ),
+    "work-by-the-block": (
+        "flash_bwd_sm80.cu",
+        "*index = atomic_add(p.turns, 1);",
+        "*index = blockIdx.x;",
+        "deadlock:",
+        80,
+        replace(LONG, batch=1, heads_q=1, heads_k=1),
+        {},
+    ),
     "bits-of-the-other-rows": (
         "places.cuh",
         "bits >> ((n * kM + m) * 4 + e) & 1",

@@ -81,7 +81,8 @@ class Kernel:
     Options of a launch:
         schedule: "eager" (round robin, asynchronous work at once), "lazy" (as late as possible, the
             highest warp first) or "random" by `seed`.
-        threads: OS threads; blocks start in linear order, each on the next free one.
+        threads: OS threads; each takes the next block: in linear order if eager, from the last if
+            lazy, in an order by `seed` if random.
         buffers: if given, every global access has to lie in the memory of one of these arrays, and
             every write in one that is writeable. What lies in several counts as the first's.
         races: detect races and missing proxy fences in shared memory.

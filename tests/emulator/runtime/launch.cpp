@@ -1,10 +1,14 @@
-// Entry point: runs the blocks of a grid on OS threads, in linear order, each on the next free
-// thread.
+// Entry point: runs the blocks of a grid on OS threads, each on the next free thread. No order of
+// blocks is promised to a kernel: eager schedules take them as they are numbered, lazy ones from
+// the last, random ones by the seed.
 #include <signal.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <thread>
 
 #include "state.h"
@@ -65,14 +69,22 @@ static std::unique_ptr<Block> take_block(Launch& launch) {
   return b;
 }
 
+static std::vector<u32> order_of_blocks(const Options& o) {
+  std::vector<u32> order(o.grid[0] * o.grid[1] * o.grid[2]);
+  std::iota(order.begin(), order.end(), 0u);
+  if (o.schedule == kLazy) std::reverse(order.begin(), order.end());
+  if (o.schedule == kRandom) std::shuffle(order.begin(), order.end(), std::mt19937_64(o.seed));
+  return order;
+}
+
 static void run_blocks(Launch& launch, std::string& error, Stats& stats) {
   const Options& o = *launch.options;
   std::unique_ptr<Block> block = take_block(launch);
   cta = block.get();
   stack_t alternate{cta->signal_stack, 0, sizeof cta->signal_stack}, before;
   sigaltstack(&alternate, &before);
-  const u32 blocks = o.grid[0] * o.grid[1] * o.grid[2];
-  for (u32 i; !launch.failed && (i = launch.next_block++) < blocks;) {
+  for (u32 place; !launch.failed && (place = launch.next_block++) < launch.order.size();) {
+    const u32 i = launch.order[place];
     cta->random_state = (o.seed + 1) * 0x9E3779B97F4A7C15ull ^ (i + 1) * 0xD1B54A32D192ED03ull;
     random_bits();
     cta->peek_seed = random_bits();
@@ -99,6 +111,7 @@ extern "C" int emulator_launch(void (*kernel)(const u8*), const Options* options
   sigaction(SIGBUS, &action, &bus);
   Launch launch;
   launch.options = options;
+  launch.order = order_of_blocks(*options);
   launch.kernel = kernel;
   launch.running = options->os_threads;
   std::string error;

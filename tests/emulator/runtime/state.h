@@ -196,6 +196,7 @@ struct Stats {  // mirrored in launch.py
 struct Launch {
   const Options* options;
   void (*kernel)(const u8*);
+  std::vector<u32> order;  // of the blocks' linear numbers
   std::atomic<u32> next_block{0}, running{0}, spinning{0}, progress{0};
   std::atomic<bool> failed{false};
 };
