@@ -11,10 +11,11 @@ import numpy as np
 
 from cuflash import masks
 from cuflash._checks import BFLOAT16
-from cuflash._packed import PackedGradientProblem, PackedProblem, dense_or_packed
+from cuflash._packed import dense_or_packed
 from cuflash._params import TENSOR_MAP_BYTES, TensorMap
-from cuflash._problem import GradientProblem
 from cuflash._traits import FEW_ROWS, Device, Kernel
+from cuflash.attention import DENSE
+from cuflash.varlen import PACKED
 
 LONG = 2 * FEW_ROWS  # no kernel depends on lengths above FEW_ROWS
 _DTYPES = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
@@ -110,17 +111,13 @@ class _AbsentGpu:
 
 def _launch(kind: CallKind, queries: int, gpu: _AbsentGpu) -> None:
     """A forward pass and, where the kind has one, a backward pass."""
-    from cuflash import _launch as dense  # needs CuPy
-    from cuflash import _launch_packed as packed
-
     problem = dense_or_packed("compile", "cuda", _arguments(kind, queries))
-    backend, gradient_kind = dense, GradientProblem
-    if isinstance(problem, PackedProblem):
-        backend, gradient_kind = packed, PackedGradientProblem
+    arrays = PACKED if kind.packed else DENSE
+    backend = arrays.backend("cuda")  # needs CuPy
     out, lse = backend.forward(problem, gpu)
     if kind.backward:
         flags = {"deterministic": kind.deterministic}
-        backend.backward(gradient_kind.create("compile", problem, out, out, lse, **flags), gpu)
+        backend.backward(arrays.gradient.create("compile", problem, out, out, lse, **flags), gpu)
 
 
 def _arguments(kind: CallKind, queries: int) -> dict[str, Any]:
