@@ -110,7 +110,7 @@ def _differentiate(item: Item, sums: GradientSums, split: int) -> None:
 def _differentiate_masked(item: Item, sums: GradientSums, split: int) -> None:
     """Add what one split of the tiles of rows contributes to the gradients of some heads."""
     for rows in sums.of_keys.rows[item.start][split]:
-        block = _RowBlock.load(item, sums.gradient, rows, item.work.scratch.array)
+        block = _RowBlock.load(item, sums, rows, item.work.scratch.array)
         sums.add_sinks(item, block, split)
         dquery: np.ndarray | float = 0.0
         for tile in item.masked_tiles(rows):
@@ -145,10 +145,10 @@ class _RowBlock:
 
     @classmethod
     def load(
-        cls, item: Item, gradient: GradientProblem, rows: slice, room: Room | None = None
+        cls, item: Item, sums: GradientSums, rows: slice, room: Room | None = None
     ) -> _RowBlock:
         """Some rows of an item, in memory by `room`; by default it is new."""
-        work = item.work
+        work, gradient = item.work, sums.gradient
         query_room, dout_room = (
             None if room is None else partial(room, name) for name in ("query", "dout")
         )
@@ -156,11 +156,8 @@ class _RowBlock:
         def some(x: np.ndarray) -> np.ndarray:
             return x[item.index][:, :, rows]
 
-        lse = some(work.rows_by_key_head(gradient.lse))
-        # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
-        reference = np.where(lse == -np.inf, np.inf, in_units_of_log2(lse, work.dtype))
         query = item.query(rows, columns=1, room=query_room)
-        query[..., -1] = -reference.reshape(query.shape[:2])
+        query[..., -1] = some(sums.negative_lse).reshape(query.shape[:2])
         out, dout = (
             some(work.by_key_head(x)).astype(work.dtype, copy=False)
             for x in (gradient.out, gradient.dout)
@@ -182,7 +179,7 @@ class _RowBlock:
         shape = (*self.query.shape[:2], tile.key.shape[1])
         slope = None
         if work.softcap or work.problem.score_mod is not None:
-            slope = work.scratch.array("slope", shape)
+            slope = work.scratch.scores("slope", shape)
         if slope is None:
             scores = _terms.scores(tile, self.query, tile.key)
         else:
@@ -190,7 +187,7 @@ class _RowBlock:
             scores = _terms.scores(tile, self.query[..., :-1], key, slope)
             scores += self.query[..., -1:]
         probs, taken = hide_exponentials(exp2(scores), tile.hidden), _terms.dropped(tile)
-        dscores = work.scratch.array("dscores", shape)
+        dscores = work.scratch.scores("dscores", shape)
         np.matmul(self.dout, transposed(tile.value), out=dscores)
         drop(dscores, taken, self.dout[..., -1:])
         dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
@@ -217,6 +214,10 @@ class GradientSums:
         problem = work.problem
         self.work, self.gradient = work, gradient
         self.loaded: dict[tuple[int, int, int], list[_RowBlock]] = {}  # where splits share rows
+        # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
+        seen = np.where(gradient.lse == -np.inf, np.inf, gradient.lse)
+        with np.errstate(all="ignore"):
+            self.negative_lse = work.rows_by_key_head(-in_units_of_log2(seen, work.dtype))
         inputs = (problem.q, problem.k, problem.v)
         self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
         masked = work.mask is not None
@@ -260,7 +261,7 @@ class GradientSums:
 
     def load(self, item: Item) -> list[_RowBlock]:
         """An item's rows; this is done once, and adds what they give to the sinks."""
-        row_blocks = [_RowBlock.load(item, self.gradient, rows) for rows in item.row_tiles()]
+        row_blocks = [_RowBlock.load(item, self, rows) for rows in item.row_tiles()]
         for block in row_blocks:
             self.add_sinks(item, block, split=0)
         return row_blocks

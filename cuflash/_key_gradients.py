@@ -35,7 +35,7 @@ class KeyGradients:
                     spans[place] = (item.heads.stop - item.heads.start, both)
         sizes = (work.problem.head_dim, work.problem.head_dim_v)
         keys = sum(heads * (span.stop - span.start) for heads, span in spans.values())
-        room = np.zeros(keys * sum(sizes), work.dtype)
+        room = np.empty(keys * sum(sizes), work.dtype)
         self.parts: dict[tuple[int, int], dict[int, _Part]] = {}
         for (batch, head, split), (heads, span) in spans.items():
             arrays = []
@@ -44,12 +44,18 @@ class KeyGradients:
                 arrays.append(room[: math.prod(shape)].reshape(shape))
                 room = room[math.prod(shape) :]
             self.parts.setdefault((batch, head), {})[split] = _Part(span, *arrays)
+        # Cleared by the thread that first adds to them, and left out of the sums before.
+        self.untouched = set(spans)
 
     def add(
         self, item: Item, split: int, keys: slice, dkey: np.ndarray, dvalue: np.ndarray
     ) -> None:
         """Add to dk / ln 2 and dv of some keys: (heads, keys, D) and (heads, keys, Dv)."""
-        part = self.parts[item.start[:2]][split]
+        part, place = self.parts[item.start[:2]][split], (*item.start[:2], split)
+        if place in self.untouched:
+            self.untouched.remove(place)
+            part.dkey.fill(0)
+            part.dvalue.fill(0)
         index = (slice(None), slice(keys.start - part.keys.start, keys.stop - part.keys.start))
         part.dkey[index] += dkey
         part.dvalue[index] += dvalue
@@ -57,16 +63,15 @@ class KeyGradients:
     def write(self, item: Item, dk: np.ndarray, dv: np.ndarray) -> None:
         """Write dk and dv (heads, keys, D or Dv) of an item's heads: sums in order of the rows."""
         by_split = self.parts.get(item.start[:2], {})
-        parts = [by_split[split] for split in sorted(by_split)]
-        for part in parts:
-            np.multiply(part.dkey, LN_2, out=part.dkey)
-        for target, name in ((dk, "dkey"), (dv, "dvalue")):
+        touched = [x for x in sorted(by_split) if (*item.start[:2], x) not in self.untouched]
+        parts = [by_split[split] for split in touched]
+        for target, name, factor in ((dk, "dkey", LN_2), (dv, "dvalue", 1)):
             total = target
             if target.dtype != self.work.dtype:
                 total = np.empty(target.shape, self.work.dtype)
             _write_sum(total, [(part.keys, getattr(part, name)) for part in parts])
-            if total is not target:
-                target[...] = total
+            if factor != 1 or total is not target:
+                np.multiply(total, factor, out=target, casting="same_kind")
 
 
 class _Part(NamedTuple):

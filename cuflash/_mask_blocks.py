@@ -38,7 +38,6 @@ class BlockMask:
     mask: tree.Mask
     grid: Grid
     states: np.ndarray  # (B or 1, Hk or 1, group or 1, blocks of rows, of keys): NOTHING, ...
-    scattered: bool  # whether rows of a block may change often between visible and hidden
     kept_tiles: dict[tuple[int, ...], list[slice]] = field(default_factory=dict)
 
     @classmethod
@@ -53,16 +52,14 @@ class BlockMask:
         mask = problem.mask
         if problem.window != (None, None):
             mask = tree.And(mask, tree.Band(*problem.window, None))
-        spans = (tree.Band, tree.Lengths, tree.Prefix, tree.Intervals)
-        scattered = not all(isinstance(leaf, spans) for leaf in mask.leaves())
         per_batch = (problem.offset, problem.q_lens, problem.kv_lens)
         if not isinstance(problem.mask, tree.Compiled) or any(map(_is_array, per_batch)):
-            return cls(mask, grid, classify(mask, grid), scattered)
+            return cls(mask, grid, classify(mask, grid))
         key = ("cpu", shape, block, problem.window, problem.offset)
         tables = problem.mask.tables
         if key not in tables:
             tables[key] = classify(mask, grid)
-        return cls(mask, grid, tables[key], scattered)
+        return cls(mask, grid, tables[key])
 
     @property
     def shares_heads(self) -> bool:
@@ -73,13 +70,6 @@ class BlockMask:
     def shares_group(self) -> bool:
         """Whether the query heads that read a key head have the same mask."""
         return self.states.shape[2] == 1
-
-    @property
-    def spans_of_row(self) -> float:
-        """In how many spans, on average, lie the blocks of keys that a block of rows sees."""
-        seen = self.states != NOTHING
-        starts = np.count_nonzero(seen[..., 0]) + np.count_nonzero(seen[..., 1:] > seen[..., :-1])
-        return starts / max(1, np.count_nonzero(seen.any(axis=-1)))
 
     def count(self, bands: Sequence[_tiles.Band]) -> TileCounts:
         """Of the blocks; `bands` has the valid rows and keys of each batch entry."""
@@ -133,8 +123,8 @@ class BlockMask:
     def keys_seen(self, batch: int, head: int, member: int, row_tiles: list[slice]) -> list[int]:
         """About how many keys each of some tiles of rows sees."""
         row_size, size = self.grid.block
-        seen = (self.blocks_seen[self.place(batch, head, member)] * size).tolist()
-        return [seen[rows.start // row_size] for rows in row_tiles]
+        numbers = [rows.start // row_size for rows in row_tiles]
+        return (self.blocks_seen[self.place(batch, head, member)][numbers] * size).tolist()
 
     def span_of_keys(self, batch: int, head: int, member: int, rows: slice) -> tuple[int, int]:
         """Where the blocks of keys start and end that some tiles of rows see."""

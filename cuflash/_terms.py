@@ -15,7 +15,7 @@ def scores(
 ) -> np.ndarray:
     """(heads, group * rows, keys), in units of log 2; and their slope by scale q kᵀ."""
     work = tile.item.work
-    result = work.scratch.array("scores", (*query.shape[:2], key.shape[1]))
+    result = work.scratch.scores("scores", (*query.shape[:2], key.shape[1]))
     np.matmul(query, transposed(key), out=result)
     if work.softcap:
         result /= work.softcap
@@ -68,9 +68,9 @@ def _modify(tile: Tile, scores: np.ndarray, slope: np.ndarray | None) -> None:
     scores *= LN_2
     natural = scores.reshape(shape)
     if slope is not None:
-        by_head = slope.reshape(shape)
-        by_head *= score_mod.differentiate(natural, *place)
-    natural[...] = in_units_of_log2(score_mod.evaluate(natural, *place), work.dtype)
+        slope *= score_mod.differentiate(natural, *place).reshape(scores.shape)
+    modified = score_mod.evaluate(natural, *place).reshape(scores.shape)
+    scores[...] = in_units_of_log2(modified, work.dtype)
 
 
 def dropped(tile: Tile) -> np.ndarray | None:

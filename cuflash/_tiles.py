@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from cuflash._arrays import is_by_key, limit_of
 from cuflash._problem import Problem
 
 
@@ -50,16 +51,25 @@ class Band:
         stop = self.rows if self.first is None else min(self.rows, keys.stop - self.first)
         return slice(start, stop)
 
-    def hidden(self, rows: slice, keys: slice) -> np.ndarray | None:
-        """(rows, keys), True where a row does not see a key; None if all see all."""
-        return hidden_by_band(rows, keys, self.first, self.last)
+    def limit(self, rows: slice, keys: slice, dtype: np.dtype) -> np.ndarray | None:
+        """(rows, keys) as of `limit_of`; None if all rows see all keys."""
+        edges = _edges(rows, keys, self.first, self.last)
+        return None if edges is None else _limit(edges, dtype)
 
 
 def hidden_by_band(
     rows: slice, keys: slice, first: int | None, last: int | None
 ) -> np.ndarray | None:
     """(rows, keys), True where not i + first <= j <= i + last; None if that is nowhere."""
-    shape = (rows.stop - rows.start, keys.stop - keys.start)
+    edges = _edges(rows, keys, first, last)
+    return None if edges is None else _outside(*edges)
+
+
+Edges = tuple[tuple[int, int], int | None, int | None]
+
+
+def _edges(rows: slice, keys: slice, first: int | None, last: int | None) -> Edges | None:
+    """The shape, and the band from the first row and key on; None if it has no edge there."""
     shift = rows.start - keys.start
     early = late = None
     if first is not None and keys.start < rows.stop - 1 + first:
@@ -68,7 +78,7 @@ def hidden_by_band(
         late = shift + last
     if early is None and late is None:
         return None
-    return _outside(shape, early, late)
+    return (rows.stop - rows.start, keys.stop - keys.start), early, late
 
 
 @lru_cache(maxsize=8)
@@ -81,6 +91,11 @@ def _outside(shape: tuple[int, int], first: int | None, last: int | None) -> np.
         outside |= ~np.tri(*shape, last, dtype=bool)
     outside.flags.writeable = False
     return outside
+
+
+@lru_cache(maxsize=8)
+def _limit(edges: Edges, dtype: np.dtype) -> np.ndarray:
+    return limit_of(_outside(*edges), dtype, is_by_key(*edges[0]))
 
 
 def visible_tiles(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._arrays import LOG2_E, Hidden, Scratch, in_units_of_log2, packed
+from cuflash._arrays import LOG2_E, Hidden, Scratch, in_units_of_log2, limit_of, packed
 from cuflash._mask_blocks import ALL, NOTHING, Area, BlockMask
 from cuflash._problem import Problem
 from cuflash._threads import for_each
@@ -32,14 +32,13 @@ TILE_OF_BAND = (256, 512)
 # Of each block of so many rows and keys a mask says whether nothing, some or all is visible.
 MASK_BLOCK = (128, 128)
 
-# Runs of blocks whose elements are kept, in pieces of 64 KiB at most.
-KEPT_RUNS = 128
+# Runs of blocks whose limits are kept, in pieces of 256 KiB at most.
+KEPT_RUNS = 32
 
-# Spans of keys that rows see, on average, from which on copying these from a copy of k is faster.
-SPANS_WORTH_A_COPY = 1.5
-
-# Heads, rows and keys are split until there are this many tasks: by shape, for any machine.
+# Heads, rows and keys are split until there are this many tasks, by shape, for any machine; but not
+# into tasks of fewer scores than are worth another thread.
 MANY_TASKS = 16
+LEAST_SCORES = 2**16
 
 
 class Work:
@@ -54,7 +53,8 @@ class Work:
     ) -> None:
         self.problem = problem
         self.first_batch = first_batch
-        self.many_tasks = math.ceil(MANY_TASKS * share)
+        scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
+        self.many_tasks = math.ceil(min(MANY_TASKS * share, max(1, scores / LEAST_SCORES)))
         self.dtype = problem.lse_dtype
         self.group = problem.group
         self.scale = problem.scale * LOG2_E
@@ -84,12 +84,10 @@ class Work:
             self.kept_runs: dict[tuple[int, ...], list[Run]] = {}
             self._cut_by_mask(splits_rows)
             # Each tile of rows reads keys of its own choice: they are converted once, before.
-            if not splits_rows:
-                self.k, self.v = (_whole_heads(x, self.dtype, columns=1) for x in (self.k, self.v))
-            elif self.mask.spans_of_row > SPANS_WORTH_A_COPY:
-                self.k, self.v = (_whole_heads(x, self.dtype) for x in (self.k, self.v))
-            else:
+            if splits_rows:
                 self.k, self.v = (x.astype(self.dtype, copy=False) for x in (self.k, self.v))
+            else:
+                self.k, self.v = (_with_ones(x, self.dtype) for x in (self.k, self.v))
 
     def _cut(self, splits_rows: bool) -> None:
         """Choose the sizes of tiles and tasks."""
@@ -194,19 +192,19 @@ class Work:
 
 
 class Run(NamedTuple):
-    """Keys side by side, and which of a tile's rows do not see them."""
+    """Keys side by side, and the limit of what a tile's rows see of them."""
 
     keys: slice
-    hidden: np.ndarray | None  # broadcasts to (heads, group, rows, keys); None: all rows see all
+    limit: np.ndarray | None  # broadcasts to (heads, group, rows, keys); None: all rows see all
 
     def cut(self, size: int) -> tuple[Run, Run]:
         """The first `size` keys, and the others."""
         start, stop = self.keys.start, self.keys.stop
         middle = min(start + size, stop)
         first, rest = slice(start, middle), slice(middle, stop)
-        if self.hidden is None:
+        if self.limit is None:
             return Run(first, None), Run(rest, None)
-        return Run(first, self.hidden[..., :size]), Run(rest, self.hidden[..., size:])
+        return Run(first, self.limit[..., :size]), Run(rest, self.limit[..., size:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,13 +233,11 @@ class Tile:
     def hidden(self) -> Hidden | None:
         """The pairs that do not see each other."""
         parts = [
-            (columns, run.hidden)
+            (columns, run.limit)
             for (columns, _), run in zip(self.columns, self.runs, strict=True)
-            if run.hidden is not None
+            if run.limit is not None
         ]
-        mask = self.item.work.mask
-        scattered = mask is not None and mask.scattered
-        return Hidden(self.item.group, parts, scattered) if parts else None
+        return Hidden(self.item.group, parts) if parts else None
 
     @property
     def bias(self) -> np.ndarray | None:
@@ -345,7 +341,7 @@ class Item:
     def tiles(self, rows: slice, keys: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:
         """What some rows see of some keys, without a mask; key and value: of these keys."""
         for tile_rows, seen in visible_tiles(self.band, rows, keys, self.work.tile_rows):
-            run = Run(seen, self.band.hidden(tile_rows, seen))
+            run = Run(seen, self.band.limit(tile_rows, seen, self.work.dtype))
             part = slice(seen.start - keys.start, seen.stop - keys.start)
             yield Tile(self, tile_rows, (run,), key[:, part], value[:, part])
 
@@ -384,11 +380,11 @@ class Item:
             if len(kept) >= KEPT_RUNS:
                 kept.clear()
             runs = kept[place] = [
-                Run(slice(some.start - origin, some.stop - origin), hidden)
-                for some, hidden in self._evaluate(rows, keys)
+                Run(slice(some.start - origin, some.stop - origin), limit)
+                for some, limit in self._evaluate(rows, keys)
             ]
-        for some, hidden in runs:
-            yield Run(slice(some.start + origin, some.stop + origin), hidden)
+        for some, limit in runs:
+            yield Run(slice(some.start + origin, some.stop + origin), limit)
 
     def _evaluate(self, rows: slice, keys: slice) -> Iterator[Run]:
         mask, size, width = self.work.mask, MASK_BLOCK[1], keys.stop - keys.start
@@ -401,7 +397,9 @@ class Item:
         for columns in stretches:
             hidden = ~visible[..., columns]
             some = slice(keys.start + columns.start, keys.start + columns.stop)
-            yield Run(some, hidden if hidden.any() else None)
+            # Most tiles that it will be part of have more keys than rows.
+            limit = limit_of(hidden, self.work.dtype, by_key=True) if hidden.any() else None
+            yield Run(some, limit)
 
 
 def split_rows(items: list[Item], count: int) -> list[list[list[slice]]]:
@@ -483,14 +481,14 @@ def _gathered(
     return gathered
 
 
-def _whole_heads(x: np.ndarray, dtype: np.dtype, columns: int = 0) -> np.ndarray:
-    """(B, Hk, 1, Sk, size) to (B, Hk, 1, Sk, size + columns), columns of 1: keys side by side."""
+def _with_ones(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """(B, Hk, 1, Sk, size) to (B, Hk, 1, Sk, size + 1), a column of 1: keys side by side."""
     size = x.shape[-1]
-    whole = np.empty((*x.shape[:-1], size + columns), dtype)
+    wider = np.empty((*x.shape[:-1], size + 1), dtype)
 
     def copy(head: tuple[int, int]) -> None:
-        whole[head][..., :size] = x[head]
-        whole[head][..., size:] = 1
+        wider[head][..., :size] = x[head]
+        wider[head][..., size:] = 1
 
     for_each(copy, np.ndindex(x.shape[:2]))
-    return whole
+    return wider

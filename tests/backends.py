@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 
 import cuflash
-from cuflash import _params, _traits
+from cuflash import _params, _traits, _work
 from cuflash._mask_tree import Mask
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import GradientProblem, Gradients, Problem
@@ -19,6 +20,14 @@ from cuflash._program import Bits
 from cuflash.score_mod import ScoreMod
 
 Both = tuple[np.ndarray, np.ndarray, Gradients]
+
+
+def shrink_cpu_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> None:
+    """Tiles and tasks so small that small problems have many of them."""
+    monkeypatch.setattr(_work, "TILE", (rows, keys))
+    monkeypatch.setattr(_work, "TILE_OF_BAND", (rows, keys))
+    monkeypatch.setattr(_work, "MASK_BLOCK", (rows, rows))
+    monkeypatch.setattr(_work, "LEAST_SCORES", 1)
 
 
 class _Backend:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import backends
 import numpy as np
 import pytest
 import threadpoolctl
@@ -26,10 +27,7 @@ TILE = 16
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that small problems have many of them."""
-    monkeypatch.setattr(_work, "TILE", (TILE, 2 * TILE))
-    monkeypatch.setattr(_work, "TILE_OF_BAND", (TILE, 2 * TILE))
-    monkeypatch.setattr(_work, "MASK_BLOCK", (TILE, TILE))
+    backends.shrink_cpu_tiles(monkeypatch, TILE, 2 * TILE)
 
 
 def tensors(
@@ -221,7 +219,8 @@ def test_only_visible_tiles_are_visited(band: Band, count: int) -> None:
     seen = np.zeros((band.rows, band.keys), int)
     for rows, keys in tiles:
         assert keys.start < keys.stop
-        hidden = band.hidden(rows, keys)
+        limit = band.limit(rows, keys, np.dtype(np.float32))
+        hidden = None if limit is None else limit == 0
         assert hidden is None or hidden.any() and not hidden.all()
         seen[rows, keys] += 1 if hidden is None else ~hidden
     i, j = np.indices(seen.shape)
@@ -430,6 +429,19 @@ def test_callers_in_several_threads_get_the_same_and_blas_gets_its_threads_back(
         for found in pool.map(lambda _: run(*x), range(24)):
             assert_equal(found, right)
         assert {library.num_threads for library in _threads._blas().lib_controllers} == {2}
+
+
+@pytest.mark.parametrize(("seqlen", "tasks"), [(16, 1), (128, 2), (1024, 16)])
+def test_small_problems_are_few_tasks(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, seqlen: int, tasks: int
+) -> None:
+    """Another thread for a few scores would cost more than they do."""
+    found = []
+    monkeypatch.setattr(cpu, "for_each", lambda function, tasks: found.append(len(tasks)))
+    q = rng.standard_normal((1, seqlen, 8, 8))
+    for options in ({}, {"mask": masks.window(seqlen, 0)}):
+        cuflash.attention(q, q, q, **options)
+    assert found == [tasks, tasks]
 
 
 def test_no_thread_outlives_the_call(rng: np.random.Generator, small_tiles: None) -> None:

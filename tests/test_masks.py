@@ -32,10 +32,7 @@ SMALL = Case(
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that small problems have many of them."""
-    monkeypatch.setattr(_work, "TILE", (BLOCK, 4 * BLOCK))
-    monkeypatch.setattr(_work, "TILE_OF_BAND", (BLOCK, 4 * BLOCK))
-    monkeypatch.setattr(_work, "MASK_BLOCK", (BLOCK, BLOCK))
+    backends.shrink_cpu_tiles(monkeypatch, BLOCK, 4 * BLOCK)
 
 
 def run(backend: backends.Backend, case: Case, options: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -76,10 +76,7 @@ COMPANIONS = {
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that small problems have many of them."""
-    monkeypatch.setattr(_work, "TILE", (16, 32))
-    monkeypatch.setattr(_work, "TILE_OF_BAND", (16, 32))
-    monkeypatch.setattr(_work, "MASK_BLOCK", (16, 16))
+    backends.shrink_cpu_tiles(monkeypatch, rows=16, keys=32)
 
 
 def run(backend: backends.Backend, case: Case, options: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -16,7 +16,7 @@ from test_interop import jax_kind, numpy_kind, torch_kind
 from unreal_gpu import Maker, readable
 
 import cuflash
-from cuflash import ScoreMod, _cpu_packed, _work, cpu, reference
+from cuflash import ScoreMod, _cpu_packed, cpu, reference
 from cuflash._checks import Check
 from cuflash._packed import PackedProblem
 from cuflash._reference_masks import visibility
@@ -154,9 +154,7 @@ def check_found(found: dict[str, np.ndarray], x: Packed, bounds: dict[str, oracl
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that small problems have many of them."""
-    monkeypatch.setattr(_work, "TILE", (16, 32))
-    monkeypatch.setattr(_work, "TILE_OF_BAND", (16, 32))
+    backends.shrink_cpu_tiles(monkeypatch, rows=16, keys=32)
 
 
 # ------------------------------------------------------------------------- against the reference
