@@ -374,7 +374,9 @@ class Planned:
     def __init__(self, plan: Plan, clock: Clock) -> None:
         self._plan = plan
         self._clock = clock
-        self._choices: dict = {}  # what _launch keeps of forward calls: warm from the second on
+        # What _launch keeps of forward calls: warm from the second on.
+        self._choices: dict = {}
+        self._launches: dict = {}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -385,6 +387,7 @@ class Planned:
         with (
             patch.object(_plan, f"{direction}_plan", lambda *traits: self._plan),
             patch.object(_launch, "_forward_choices", self._choices),
+            patch.object(_launch, "_forward_launches", self._launches),
         ):
             yield
 

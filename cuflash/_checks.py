@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from functools import lru_cache, reduce
-from operator import or_
+from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
@@ -43,6 +42,8 @@ Array = Any  # numpy.ndarray, or cupy.ndarray where device is "cuda"
 
 def check_flag(function: str, name: str, value: Any) -> bool:
     """The value as a bool, if it is one."""
+    if value is True or value is False:
+        return value
     return Check(function, "").flag(name, value)
 
 
@@ -71,10 +72,26 @@ class _Layout(NamedTuple):
     dtype: np.dtype
 
 
+class Sizes:
+    """The letters of the shapes, and what follows from them."""
+
+    def __init__(self, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> None:
+        self.batch, self.seqlen_q, self.heads_q, self.head_dim = q
+        _, self.seqlen_k, self.heads_k, self.head_dim_v = v
+        self.group = max(1, self.heads_q // max(1, self.heads_k))  # query heads per key head
+        self.out_shape = (*q[:3], self.head_dim_v)
+        self.lse_shape = (self.batch, self.heads_q, self.seqlen_q)
+        self.scores_shape = (*self.lse_shape, self.seqlen_k)
+
+
 @lru_cache(maxsize=1024)
-def check_layouts(function: str, device: str, q: tuple, k: tuple, v: tuple) -> None:
-    """Check q, k and v against each other, once for all calls of these layouts."""
+def check_layouts(function: str, device: str, q: tuple, k: tuple, v: tuple) -> Sizes:
+    """Check q, k and v against each other, once for all calls of these layouts.
+
+    Equal layouts have the same sizes, the same object, for as long as anybody keeps it.
+    """
     Check(function, device).tensors(_Layout(*q), _Layout(*k), _Layout(*v))
+    return Sizes(q[0], k[0], v[0])
 
 
 class Check(NamedTuple):
@@ -112,8 +129,11 @@ class Check(NamedTuple):
         self.heads(q.shape[2], k.shape[2])
         self.head_dim("q", q.shape[3])
         self.head_dim("v", v.shape[3])
-        if self.device == "cuda" and k.shape[2]:
-            self.indices(q.shape, k.shape)
+        if self.device == "cuda":
+            for name, array in (("q", q), ("k", k), ("v", v)):
+                self.strides(name, array)
+            if k.shape[2]:
+                self.indices(q.shape, k.shape)
 
     def axes(self, name: str, array: Array | _Layout, axes: str) -> None:
         expected = axes.count(",") + 1
@@ -149,17 +169,30 @@ class Check(NamedTuple):
                 "expected a number of q heads that is a multiple of k's",
             )
 
-    def addresses(self, arrays: dict[str, Array | None]) -> None:
+    def strides(self, name: str, array: Array | _Layout) -> None:
+        """Of whole elements, as the kernels count them."""
+        itemsize = array.dtype.itemsize
+        if any(stride % itemsize for stride in array.strides):
+            self.fail(
+                ValueError,
+                f"{name} has strides of {array.strides} bytes; "
+                f"expected multiples of {itemsize}, an element",
+            )
+
+    def address(self, name: str, array: Array, itemsize: int) -> None:
+        if address(array) % itemsize:
+            self.fail(
+                ValueError,
+                f"{name} has its first element at {address(array):#x}; "
+                f"expected a multiple of {itemsize} bytes, an element",
+            )
+
+    def elements(self, arrays: dict[str, Array | None]) -> None:
+        """Strides and addresses where a kernel reads elements."""
         for name, array in arrays.items():
-            if array is None:
-                continue
-            # An itemsize is a power of 2: of the steps, or of their bits, none may have lower ones.
-            if reduce(or_, array.strides, address(array)) % array.itemsize:
-                self.fail(
-                    ValueError,
-                    f"{name} has its first element at {address(array):#x} and strides of "
-                    f"{array.strides} bytes; expected multiples of {array.itemsize}, an element",
-                )
+            if array is not None:
+                self.strides(name, array)
+                self.address(name, array, array.itemsize)
 
     def indices(self, q: tuple[int, ...], k: tuple[int, ...]) -> None:
         batch, seqlen_q, heads_q, _ = q
@@ -202,7 +235,7 @@ class Check(NamedTuple):
         for name, array in (("dout", dout), ("out", out)):
             self.contiguous_last_axis(name, array)
         if self.device == "cuda":
-            self.addresses({"dout": dout, "out": out})
+            self.elements({"dout": dout, "out": out})
         self.like("lse", lse, forward.lse_shape, forward.lse_dtype)
         if dlse is not None:
             self.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
@@ -229,7 +262,9 @@ class Check(NamedTuple):
                 self.fail(ValueError, f"out overlaps {name}; expected memory of its own")
 
     def number(self, name: str, value: Any) -> float:
-        if isinstance(value, _BOOLS) or not isinstance(value, numbers.Real):
+        if type(value) is not float and (
+            isinstance(value, _BOOLS) or not isinstance(value, numbers.Real)
+        ):
             self.fail(TypeError, f"{name} is {_shown(value)}; expected a real number")
         try:
             number = float(value)
@@ -444,7 +479,7 @@ class Check(NamedTuple):
         if not array.size:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected no axis of length 0")
         if self.device == "cuda":
-            self.addresses({name: array})
+            self.elements({name: array})
             if max(array.shape) > MAX_INDEX:
                 self.fail(
                     NotImplementedError,
@@ -497,7 +532,7 @@ class Check(NamedTuple):
         value = self.integer("seed", seed)
         if not 0 <= value < 2**64:
             self.fail(ValueError, f"seed is {value}; expected 0 to 2^64 - 1")
-        return value
+        return value if dropout else 0
 
     def bias(
         self, bias: Array | None, scores_shape: tuple[int, ...], dtype: np.dtype

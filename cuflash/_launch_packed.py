@@ -41,6 +41,7 @@ def _as_batch(problem: PackedProblem) -> Problem:
     """Arrays of batch size 1, and where its sequences begin."""
     return Problem(
         device=problem.device,
+        sizes=problem.sizes,
         q=problem.q[None],
         k=problem.k[None],
         v=problem.v[None],

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash._checks import Array, Check, accumulator_dtype, check_layouts
+from cuflash._checks import Array, Check, Sizes, accumulator_dtype, check_layouts
 from cuflash._problem import GradientProblem, Problem
 from cuflash.score_mod import ScoreMod, check_score_mod
 
@@ -17,6 +17,7 @@ class PackedProblem:
     """Attention within each of B sequences, checked. Tq and Tk: tokens of all sequences."""
 
     device: str  # "cpu" or "cuda"
+    sizes: Sizes  # of all tokens as a batch of one
     q: Array  # (Tq, Hq, D)
     k: Array  # (Tk, Hk, D)
     v: Array  # (Tk, Hk, Dv)
@@ -62,9 +63,11 @@ class PackedProblem:
         for name, x in (("q", q), ("k", k), ("v", v)):
             check.axes(name, x, "(tokens, heads, head size)")
             layouts.append(((1, *x.shape), (0, *x.strides), x.dtype))
-        check_layouts(function, device, *layouts)
+        sizes = check_layouts(function, device, *layouts)
         if device == "cuda":
-            check.addresses({"q": q, "k": k, "v": v, "out": out})
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                check.address(name, x, q.dtype.itemsize)
+            check.elements({"out": out})
         (tokens_q, heads_q, head_dim), tokens_k = q.shape, k.shape[0]
         cu_seqlens_q = check.cu_seqlens("cu_seqlens_q", cu_seqlens_q, tokens_q)
         cu_seqlens_k = check.cu_seqlens("cu_seqlens_k", cu_seqlens_k, tokens_k)
@@ -80,6 +83,7 @@ class PackedProblem:
             check.out(out, (tokens_q, heads_q, v.shape[2]), q.dtype, inputs)
         return cls(
             device=device,
+            sizes=sizes,
             q=q,
             k=k,
             v=v,
@@ -145,11 +149,13 @@ class PackedProblem:
             offset = int(offset[sequence])
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[sequence]
+        q, k, v = self.q[None, rows], self.k[None, keys], self.v[None, keys]
         return Problem(
             device=self.device,
-            q=self.q[None, rows],
-            k=self.k[None, keys],
-            v=self.v[None, keys],
+            sizes=Sizes(q.shape, k.shape, v.shape),
+            q=q,
+            k=k,
+            v=v,
             scale=self.scale,
             softcap=self.softcap,
             window=self.window,

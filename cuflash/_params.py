@@ -240,6 +240,13 @@ def _row_stats(stats: tuple[Array, Array, int, int, int]) -> tuple[int, int, int
     return (address(lse_log2), address(delta), *counts)
 
 
+def places(problem: Problem, out: Array, lse: Array) -> tuple[Any, ...]:
+    """All that a forward launch depends on where it reads nothing but q, k and v."""
+    arrays = (problem.q, problem.k, problem.v, out, lse)
+    options = (problem.scale, problem.softcap, problem.window, problem.offset)
+    return (problem.sizes, *map(address, arrays), out.strides, *options)
+
+
 def layout(problem: Problem, out: Array, extras: Any) -> tuple[Any, ...]:
     """All that a forward plan depends on: equal layouts have equal plans."""
     q, k, v = problem.q, problem.k, problem.v

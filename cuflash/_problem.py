@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._checks import Array, Check, accumulator_dtype, check_layouts
+from cuflash._checks import Array, Check, Sizes, accumulator_dtype, check_layouts
 from cuflash._mask_tree import Dense, Mask, ScoresShape
 from cuflash.score_mod import ScoreMod, check_score_mod
 
@@ -25,6 +25,7 @@ class Problem:
     """One attention problem, checked. Letters as everywhere: B, Sq, Sk, Hq, Hk, D, Dv."""
 
     device: str  # "cpu" or "cuda"
+    sizes: Sizes
     q: Array  # (B, Sq, Hq, D)
     k: Array  # (B, Sk, Hk, D)
     v: Array  # (B, Sk, Hk, Dv)
@@ -74,39 +75,44 @@ class Problem:
         q_layout = (q.shape, q.strides, q.dtype)
         k_layout = (k.shape, k.strides, k.dtype)
         v_layout = (v.shape, v.strides, v.dtype)
-        check_layouts(function, device, q_layout, k_layout, v_layout)
-        batch, seqlen_q, heads_q, head_dim = q.shape
-        seqlen_k = k.shape[1]
-        scores_shape = (batch, heads_q, seqlen_q, seqlen_k)
+        sizes = check_layouts(function, device, q_layout, k_layout, v_layout)
+        batch, heads_q, dtype = sizes.batch, sizes.heads_q, q.dtype
         if device == "cuda":
-            check.addresses({"q": q, "k": k, "v": v, "bias": bias, "out": out})
-        if mask is not None and not isinstance(mask, Mask):
-            mask = Dense(check.mask(mask, scores_shape))
+            for name, x in (("q", q), ("k", k), ("v", v)):
+                check.address(name, x, dtype.itemsize)
+            check.elements({"bias": bias, "out": out})
+        structures = []
         if mask is not None:
-            mask.check(check, ScoresShape(batch, heads_q, k.shape[2], seqlen_q, seqlen_k))
-        check_score_mod(check, score_mod)
-        structures = [x for x in (mask, score_mod) if x is not None]
-        check.attachments(sum(x.attachments for x in structures))
+            if not isinstance(mask, Mask):
+                mask = Dense(check.mask(mask, sizes.scores_shape))
+            mask.check(check, _mask_shape(sizes))
+            structures.append(mask)
+        if score_mod is not None:
+            check_score_mod(check, score_mod)
+            structures.append(score_mod)
+        if structures:
+            check.attachments(sum(x.attachments for x in structures))
         if out is not None:
             inputs = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
             inputs |= {"offset": offset, "q_lens": q_lens, "kv_lens": kv_lens}
             inputs |= {"alibi_slopes": alibi_slopes}
             for structure in structures:
                 inputs |= structure.arrays()
-            check.out(out, (batch, seqlen_q, heads_q, v.shape[3]), q.dtype, inputs)
+            check.out(out, sizes.out_shape, dtype, inputs)
         return cls(
             device=device,
+            sizes=sizes,
             q=q,
             k=k,
             v=v,
-            scale=check.scale(scale, head_dim, q.dtype),
-            softcap=check.softcap(softcap, q.dtype),
+            scale=check.scale(scale, sizes.head_dim, dtype),
+            softcap=check.softcap(softcap, dtype),
             window=check.window(window, causal),
             offset=check.offset(offset, batch),
-            q_lens=check.lengths("q_lens", q_lens, batch, seqlen_q),
-            kv_lens=check.lengths("kv_lens", kv_lens, batch, seqlen_k),
+            q_lens=check.lengths("q_lens", q_lens, batch, sizes.seqlen_q),
+            kv_lens=check.lengths("kv_lens", kv_lens, batch, sizes.seqlen_k),
             mask=mask,
-            bias=check.bias(bias, scores_shape, q.dtype),
+            bias=check.bias(bias, sizes.scores_shape, dtype),
             alibi_slopes=check.alibi_slopes(alibi_slopes, batch, heads_q),
             sinks=check.sinks(sinks, heads_q),
             dropout=(rate := check.dropout(dropout)),
@@ -127,8 +133,7 @@ class Problem:
     @property
     def scores_shape(self) -> ScoresShape:
         """What a mask is for."""
-        sizes = (self.batch, self.heads_q, self.heads_k, self.seqlen_q, self.seqlen_k)
-        return ScoresShape(*sizes)
+        return _mask_shape(self.sizes)
 
     @property
     def dtype(self) -> np.dtype:
@@ -142,7 +147,7 @@ class Problem:
 
     @property
     def batch(self) -> int:
-        return self.q.shape[0]
+        return self.sizes.batch
 
     @property
     def sequences(self) -> int:
@@ -156,41 +161,54 @@ class Problem:
         return terms and self.mask is self.packing is None and not self.dropout
 
     @property
+    def reads_no_more(self) -> bool:
+        """Whether a kernel reads nothing but q, k and v, and what the host knows."""
+        per_batch = self.q_lens is not None or self.kv_lens is not None
+        alone = self.is_plain and not per_batch
+        return alone and (self.offset is None or isinstance(self.offset, int))
+
+    @property
     def seqlen_q(self) -> int:
-        return self.q.shape[1]
+        return self.sizes.seqlen_q
 
     @property
     def seqlen_k(self) -> int:
-        return self.k.shape[1]
+        return self.sizes.seqlen_k
 
     @property
     def heads_q(self) -> int:
-        return self.q.shape[2]
+        return self.sizes.heads_q
 
     @property
     def heads_k(self) -> int:
-        return self.k.shape[2]
+        return self.sizes.heads_k
 
     @property
     def group(self) -> int:
         """Query heads that read the same key head."""
-        return max(1, self.q.shape[2] // max(1, self.k.shape[2]))
+        return self.sizes.group
 
     @property
     def head_dim(self) -> int:
-        return self.q.shape[3]
+        return self.sizes.head_dim
 
     @property
     def head_dim_v(self) -> int:
-        return self.v.shape[3]
+        return self.sizes.head_dim_v
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
-        return (self.batch, self.seqlen_q, self.heads_q, self.head_dim_v)
+        return self.sizes.out_shape
 
     @property
     def lse_shape(self) -> tuple[int, int, int]:
-        return (self.batch, self.heads_q, self.seqlen_q)
+        return self.sizes.lse_shape
+
+
+def _mask_shape(sizes: Sizes) -> ScoresShape:
+    return ScoresShape(
+        *(sizes.batch, sizes.heads_q, sizes.heads_k), *(sizes.seqlen_q, sizes.seqlen_k)
+    )
 
 
 class Gradients(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -93,8 +93,13 @@ def _is_structure(argument_class: type) -> bool:
     return issubclass(argument_class, Structure)
 
 
+@cache
+def _array_names(required: tuple[str, ...]) -> frozenset[str]:
+    return OPTIONAL_ARRAYS.union(required)
+
+
 @contextmanager
-def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -> Iterator[Call]:
+def receive(function: str, required: tuple[str, ...], arguments: dict[str, Any]) -> Iterator[Call]:
     """Within the block CuPy's current device and stream are the caller's.
 
     The `required` arguments must be arrays, all of one kind and on one device, and the optional
@@ -110,14 +115,17 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
         for name in STRUCTURES
         if (x := arguments.get(name)) is not None and _is_structure(type(x))
     }
-    nested = {
-        name: x for structure in structures.values() for name, x in structure.arrays().items()
-    }
-    received.update(nested)
-    for name, x in (arguments | nested).items():
-        if (x is None and name not in required) or name in structures:
+    nested: dict[str, Foreign] = {}
+    for structure in structures.values():
+        nested |= structure.arrays()
+    received |= nested
+    arrays = _array_names(required)
+    for name, x in [
+        pair for pair in received.items() if pair[1] is not None or pair[0] in required
+    ]:
+        if name in structures:
             continue
-        if name in required or name in OPTIONAL_ARRAYS:
+        if name in arrays:
             if x is not like:
                 _check_home(function, required[0], home, name, _locate(function, name, x))
             sources[name] = framework
@@ -140,7 +148,8 @@ def receive(function: str, required: Sequence[str], arguments: dict[str, Any]) -
         _check_driver(function, required[0], framework, place)
     with framework.context(place):
         for name, source in sources.items():
-            received[name] = _share(function, name, source, received[name])
+            if source is not _CUPY:  # whose arrays are what is wanted
+                received[name] = _share(function, name, source, received[name])
         for name, structure in structures.items():
             received[name] = structure.with_arrays(received)
         for name in nested:
@@ -332,9 +341,10 @@ class _DLPack:
         return nullcontext() if place == "cpu" else _finished_on(place)
 
 
+_CUPY = _CuPy()
 _FRAMEWORKS: dict[tuple[str, str], Framework] = {  # by package and name of the arrays' class
     ("numpy", "ndarray"): _NumPy(),
-    ("cupy", "ndarray"): _CuPy(),
+    ("cupy", "ndarray"): _CUPY,
     ("torch", "Tensor"): _Torch(),
     ("jax", "ArrayImpl"): _Jax(),
     ("jaxlib", "ArrayImpl"): _Jax(),
@@ -399,7 +409,7 @@ def _check_home(
 
 def _check_driver(function: str, name: str, framework: Framework, place: str) -> None:
     """Fail with a message of our own where CuPy cannot use the GPU that an array is on."""
-    fault = _driver_fault(_ordinal(place))
+    fault = _driver_fault(place)
     if fault:
         raise RuntimeError(
             f"cuflash.{function}: {name} is a {framework.kind} on {place}, "
@@ -408,15 +418,16 @@ def _check_driver(function: str, name: str, framework: Framework, place: str) ->
 
 
 @cache
-def _driver_fault(ordinal: int) -> str:
-    """Why CuPy cannot use the GPU of this number, and what it needs; empty where it can."""
+def _driver_fault(place: str) -> str:
+    """Why CuPy cannot use this GPU, and what it needs; empty where it can."""
     runtime = _cupy().cuda.runtime
     try:
         count = runtime.getDeviceCount()
     except runtime.CUDARuntimeError as error:
         major = runtime.runtimeGetVersion() // 1000
         return f"{error}; expected an NVIDIA driver of CUDA {major} or newer"
-    return "" if ordinal < count else f"it sees {count} GPUs; expected at least {ordinal + 1}"
+    least = _ordinal(place) + 1
+    return "" if least <= count else f"it sees {count} GPUs; expected at least {least}"
 
 
 def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:

@@ -61,7 +61,7 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
             f"cuflash.merge: outs has {len(outs)} arrays, lses has {len(lses)}; "
             "expected the same number, at least 1"
         )
-    names = [f"outs[{i}]" for i in range(len(outs))] + [f"lses[{i}]" for i in range(len(lses))]
+    names = (*(f"outs[{i}]" for i in range(len(outs))), *(f"lses[{i}]" for i in range(len(lses))))
     arguments = dict(zip(names, outs + lses, strict=True))
     warn_of_lost_gradients("merge", arguments, stacklevel=3)
     with receive("merge", names, arguments) as call:

@@ -154,7 +154,7 @@ def test_no_bias_no_gradient(kind: Kind) -> None:
 def test_arrays_come_in_uncopied(kind: Kind) -> None:
     for dtype in ("bfloat16", "float32"):
         x = kind.make(tensors(dtype)["q"])
-        with interop.receive("attention", ["q"], {"q": x}) as call:
+        with interop.receive("attention", ("q",), {"q": x}) as call:
             array = call.arguments["q"]
             assert type(array) is np.ndarray
             assert array.dtype == dtype
@@ -164,7 +164,7 @@ def test_arrays_come_in_uncopied(kind: Kind) -> None:
 def test_views_come_in_uncopied() -> None:
     torch = torch_kind()
     x = torch.make(tensors()["q"]).transpose(1, 2)[:, ::2]
-    with interop.receive("attention", ["q"], {"q": x}) as call:
+    with interop.receive("attention", ("q",), {"q": x}) as call:
         assert np.shares_memory(call.arguments["q"], x.numpy())
         assert call.arguments["q"].strides == x.numpy().strides
 

@@ -314,7 +314,7 @@ class BrokenCupy:
 def test_a_gpu_that_cupy_cannot_use(monkeypatch: Any, gpus: int, fault: str) -> None:
     monkeypatch.setattr(interop, "_cupy", lambda: BrokenCupy(gpus))
     interop._driver_fault.cache_clear()
-    assert interop._driver_fault(1) == fault
+    assert interop._driver_fault("cuda:1") == fault
     if fault:
         found = "q is a cupy.ndarray on cuda:1, which CuPy 14.0 cannot use"
         with pytest.raises(RuntimeError, match=f"^cuflash.attention: {found}: {fault}$"):
