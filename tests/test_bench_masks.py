@@ -254,7 +254,13 @@ def test_the_table_of_masks() -> None:
     row = {**cell, "causal": True, "share": 0.1875, "results": found}
     biased = {**row, "rule": "", "bias": "learned", "share": 1.0}
     gemm = {"tflops": 600.0, "by": "torch bfloat16"}
-    report = {"device": "GPU", "date": "2026-01-01", "gemm": gemm, "cells": [row, biased]}
+    report = {
+        "device": "GPU",
+        "suite": "masks",
+        "date": "2026-01-01",
+        "gemm": gemm,
+        "cells": [row, biased],
+    }
     table = tables.table(report)
     times = "| 10 | 2 | 300 | 1.125 | – | – | – | 3 | – | 1.50 |"
     assert f"| forward | window of 9 | 64 | 2 | yes | 18.8 % {times}" in table

@@ -240,7 +240,13 @@ def test_the_table_of_packed_sequences() -> None:
     }
     row = {**cell, "causal": True, "results": found}
     gemm = {"tflops": 600.0, "by": "torch bfloat16"}
-    report = {"device": "GPU", "date": "2026-01-01", "gemm": gemm, "cells": [row]}
+    report = {
+        "device": "GPU",
+        "suite": "packed",
+        "date": "2026-01-01",
+        "gemm": gemm,
+        "cells": [row],
+    }
     table = tables.table(report)
     heads = "| cuflash | of GEMM | cuflash documents | torch varlen | torch padded | to best peer |"
     assert f"|  | sequences | tokens | H | causal {heads}\n" in table

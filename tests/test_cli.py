@@ -3,6 +3,7 @@
 import json
 import re
 import types
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -388,6 +389,33 @@ def test_bench_on_the_cpu_leaves_a_table_and_a_file(tmp_path, monkeypatch, capsy
     assert "| forward | 8 | 32 | yes | " in table and str(output) in table
 
 
+def test_bench_of_the_host_queues_calls_and_prints_microseconds(tmp_path, monkeypatch, capsys):
+    waits, calls = [], []
+    runtime = types.SimpleNamespace(deviceSynchronize=lambda: waits.append(len(calls)))
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(contenders, "HOST_QUEUE", 5)
+    gpu = bench.Bench(
+        factories=contenders.gpu_host_contenders(cupy),
+        machine={"device": "GPU"},
+        gemm=lambda: (0.5, "nobody"),
+        inputs=lambda cells: cpu_inputs,
+        tiles=lambda cell, inputs: {},
+    )
+    attention = cuflash.attention
+    monkeypatch.setattr(cuflash, "attention", lambda *x, **o: calls.append(1) or attention(*x, **o))
+    monkeypatch.setattr(bench, "_on_gpu", lambda suite: gpu)
+    monkeypatch.setattr(bench, "compile_ahead", lambda calls: None)
+    output = tmp_path / "host.json"
+    command = ["bench", "--suite", "host", "--quick", "--seconds", "0.001", "--peers"]
+    assert main([*command, "--output", str(output), "--commit", "abc"]) == 0
+    cells = json.loads(output.read_text())["cells"]
+    assert [cell["head_dim"] for cell in cells] == [64, 128]
+    assert [(stop - start) for start, stop in pairwise(waits)][::2] == [5] * (len(waits) // 2)
+    microseconds = 1e3 * cells[0]["results"]["cuflash"]["median_ms"]
+    table = capsys.readouterr().out
+    assert f"| forward | 64 | {microseconds:.4g} | – |" in table and "microseconds" in table
+
+
 def test_bench_records_why_a_peer_is_absent(tmp_path, monkeypatch, capsys):
     def absent(cell, inputs):
         raise ImportError("No module named 'torch'\nmore")
@@ -461,6 +489,7 @@ def test_the_table_compares_with_the_best_peer():
     }
     report = {
         "device": "GPU",
+        "suite": "forward",
         "date": "2026-01-01",
         "gemm": {"tflops": 600.0, "by": "torch bfloat16"},
         "cells": [{**cell, "results": results}],

@@ -88,6 +88,7 @@ def _on_gpu(suite: str) -> Bench:
     of_suite = {
         "masks": contenders.gpu_mask_contenders,
         "packed": contenders.gpu_packed_contenders,
+        suites.HOST_SUITE: contenders.gpu_host_contenders,
     }
     return Bench(
         factories=of_suite.get(suite, contenders.gpu_contenders)(cupy),

@@ -13,7 +13,7 @@ import numpy as np
 
 import cuflash
 from cuflash.cli.cells import Cell, Inputs
-from cuflash.cli.timing import Contender, HostClock, StreamClock, measure
+from cuflash.cli.timing import Clock, Contender, HostClock, StreamClock, measure
 from cuflash.masks import Mask
 
 OURS = "cuflash"
@@ -23,6 +23,7 @@ DOCUMENTS = "cuflash documents"  # packed sequences as a mask over all tokens
 OWN = (OURS, COMPILED, DENSE, DOCUMENTS)
 SPINNING_SECONDS = 0.01  # OpenMP's threads wait so long for more work, on cores of others
 JAX_QUEUE = 10  # calls in flight, so that JAX's dispatch hides behind the kernels
+HOST_QUEUE = 200  # small calls, so many that the wait at their end is none
 
 
 CPU_CLOCK = HostClock(idle=partial(time.sleep, SPINNING_SECONDS))
@@ -31,7 +32,16 @@ Factory = Callable[[Cell, Inputs], Contender]
 
 def gpu_contenders(cupy: Any) -> dict[str, Factory]:
     """By name; a factory fails where its library is absent or cannot do the cell."""
-    clock = StreamClock(cupy)
+    return _gpu_contenders(cupy, StreamClock(cupy))
+
+
+def gpu_host_contenders(cupy: Any) -> dict[str, Factory]:
+    """The same by the host's clock, for calls on which the GPU spends less time than the host."""
+    wait = cupy.cuda.runtime.deviceSynchronize
+    return _gpu_contenders(cupy, HostClock(HOST_QUEUE, idle=wait, wait=lambda result: wait()))
+
+
+def _gpu_contenders(cupy: Any, clock: Clock) -> dict[str, Factory]:
     return {
         OURS: partial(_cuflash, clock),
         "torch cudnn": partial(_torch_sdpa, clock, "CUDNN_ATTENTION"),

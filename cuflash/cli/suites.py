@@ -12,6 +12,7 @@ GPU_SUITES = {
     "backward": "the gradients alone, over the same grid",
     "masks": "masks and biases on a GPU, beside flex attention and the time without a mask",
     "packed": "packed sequences on a GPU, beside torch's and the same tokens masked as documents",
+    "host": "the host's share of a call, on problems so small that the GPU waits for it",
 }
 CPU_SUITES = {
     "cpu": "forward and gradients on the CPU, float32; needs no GPU",
@@ -19,6 +20,7 @@ CPU_SUITES = {
     "cpu-packed": "packed sequences on the CPU, beside torch's attention one by one; needs no GPU",
 }
 MASK_SUITES = ("masks", "cpu-masks")
+HOST_SUITE = "host"
 
 TOKENS, WIDTH = 16384, 2048  # B * S and H * D of a cell of forward and backward
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
@@ -42,6 +44,7 @@ MASKS: tuple[tuple[Rule, int, int, bool], ...] = (  # rule, length, heads, causa
 BIAS_LENGTH, BIAS_HEADS = 4096, 16
 CPU_MASKS: tuple[Rule, ...] = (Documents((512,) * 8), Window(512), RandomBlocks(128, 0.75))
 CPU_MASK_SIZES = (1, 4096, 4, 64)  # batch, length, heads, head size
+SMALL_SIZES = (1, 128, 4)  # batch, length, heads
 PACKED = (  # sequences, heads
     (EQUAL_DOCUMENTS, 16),
     (UNEQUAL_DOCUMENTS, 64),
@@ -62,6 +65,8 @@ def cells(suite: str, quick: bool) -> Iterator[Cell]:
         return _cpu_packed(quick)
     if suite == "packed":
         return _packed(quick)
+    if suite == HOST_SUITE:
+        return _small(quick)
     return _masks(quick) if suite == "masks" else _plain(suite, quick)
 
 
@@ -90,6 +95,12 @@ def _packed(quick: bool) -> Iterator[Cell]:
             for causal in (False, True):
                 sizes = (1, sum(documents.lengths), heads, 128)
                 yield Cell(direction, "bfloat16", *sizes, causal, documents)
+
+
+def _small(quick: bool) -> Iterator[Cell]:
+    for direction in ("forward",) if quick else ("forward", "backward"):
+        for head_dim in HEAD_DIMS[:2]:
+            yield Cell(direction, "bfloat16", *SMALL_SIZES, head_dim, causal=True)
 
 
 def _cpu(quick: bool) -> Iterator[Cell]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cuflash.cli.contenders import COMPILED, DENSE, DOCUMENTS, OURS, OWN
+from cuflash.cli.suites import HOST_SUITE
 
 MISSING = "–"
 
@@ -13,8 +14,13 @@ def table(report: dict[str, Any]) -> str:
     """The table of the report's suite, and below it why results are missing."""
     rows = report["cells"]
     peers = list(dict.fromkeys(n for row in rows for n in row["results"] if n not in OWN))
-    has_shares = any("share" in row for row in rows)
-    lines = _shares(rows, peers) if has_shares else _rates(rows, peers, report["gemm"]["tflops"])
+    has_shares, of_host = any("share" in row for row in rows), report["suite"] == HOST_SUITE
+    if of_host:
+        lines = _host_times(rows, peers)
+    elif has_shares:
+        lines = _shares(rows, peers)
+    else:
+        lines = _rates(rows, peers, report["gemm"]["tflops"])
     failures = {
         f"{name}: {result['error']}"
         for row in rows
@@ -25,6 +31,8 @@ def table(report: dict[str, Any]) -> str:
     figures = (
         f"milliseconds and, of {OURS}, TFLOP/s and time / (visible tiles x dense time)"
         if has_shares
+        else "microseconds of a call"
+        if of_host
         else "TFLOP/s"
     )
     title = (
@@ -91,6 +99,24 @@ def _shares(rows: list[dict[str, Any]], peers: list[str]) -> list[str]:
                 number(times[DENSE]),
                 *own,
                 *(number(times.get(peer)) for peer in peers),
+                f"{best / ours:.2f}" if ours and best else MISSING,
+            )
+        )
+    return lines
+
+
+def _host_times(rows: list[dict[str, Any]], peers: list[str]) -> list[str]:
+    """Microseconds of each call, and ours to the best."""
+    lines = header(["", "D", OURS, *peers, "to best peer"])
+    for row in rows:
+        results = row["results"].items()
+        times = {name: 1e3 * x["median_ms"] for name, x in results if "median_ms" in x}
+        ours, best = times.get(OURS), min((times[p] for p in peers if p in times), default=None)
+        lines.append(
+            line(
+                row["direction"],
+                row["head_dim"],
+                *(number(times.get(name)) for name in (OURS, *peers)),
                 f"{best / ours:.2f}" if ours and best else MISSING,
             )
         )
