@@ -374,9 +374,9 @@ class Planned:
     def __init__(self, plan: Plan, clock: Clock) -> None:
         self._plan = plan
         self._clock = clock
-        # What _launch keeps of forward calls: warm from the second on.
-        self._choices: dict = {}
-        self._launches: dict = {}
+        # What _launch keeps of calls: warm from the second on.
+        names = ("forward_choices", "forward_launches", "backward_choices", "backward_launches")
+        self._kept: dict[str, dict] = {f"_{name}": {} for name in names}
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -386,8 +386,7 @@ class Planned:
         direction = "forward" if isinstance(self._plan, ForwardPlan) else "backward"
         with (
             patch.object(_plan, f"{direction}_plan", lambda *traits: self._plan),
-            patch.object(_launch, "_forward_choices", self._choices),
-            patch.object(_launch, "_forward_launches", self._launches),
+            patch.multiple(_launch, **self._kept),
         ):
             yield
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
@@ -190,7 +191,8 @@ class Check(NamedTuple):
     def elements(self, arrays: dict[str, Array | None]) -> None:
         """Strides and addresses where a kernel reads elements."""
         for name, array in arrays.items():
-            if array is not None:
+            # An itemsize is a power of 2: of the steps, or of their bits, none may have lower ones.
+            if array is not None and reduce(or_, array.strides, address(array)) % array.itemsize:
                 self.strides(name, array)
                 self.address(name, array, array.itemsize)
 

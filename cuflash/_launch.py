@@ -22,6 +22,8 @@ _DEVICE_DTYPES = {
 _MAX_KEPT = 4096
 _forward_choices: dict[tuple, _Choice] = {}
 _forward_launches: dict[tuple, _Launch] = {}
+_backward_choices: dict[tuple, tuple[_traits.Traits, _traits.BackwardPlan]] = {}
+_backward_launches: dict[tuple, tuple[_Launch, ...]] = {}
 
 
 def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
@@ -190,8 +192,7 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     problem = _with_device_arrays(problem, on)
     gradient = _with_contiguous_stats(gradient, problem, on)
 
-    traits = backward_traits(gradient, grads)
-    plan = _plan.backward_plan(traits, on.device.capability, gradient.deterministic)
+    traits, plan = _backward_choice(gradient, grads, on.device)
     tables = _tables(problem, traits, plan.tiling, on, of_keys=True)
     query_tiles = _query_tiles(problem, plan.tiling)
     rows = query_tiles * plan.tiling.block_q
@@ -201,16 +202,12 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
         on.empty((rows * plan.head_dim,), np.float32),
         on.empty((1 + query_tiles,), np.uint32),
     )
-    params = main_params = _params.pack_backward(gradient, grads, workspace, tables)
-    if plan.backend == "sm90":
-        tile = (plan.tiling.block_q, plan.tiling.block_kv)
-        main_params = _params.pack_backward_sm90(
-            gradient, grads, params, tile, plan.panels, on.encode
-        )
-    key_tiles = _key_tiles(problem, plan.tiling)
-    _run(on, plan.prep, query_tiles, params)
-    _run(on, plan.main, key_tiles, main_params)
-    _run(on, plan.post, query_tiles, params)
+    if problem.reads_no_more:
+        launches = _known_launches(gradient, grads, workspace, plan, on)
+    else:
+        launches = _launches(gradient, grads, workspace, plan, on, tables)
+    for launch in launches:
+        _run(on, *launch)
     group = problem.group if plan.tiling.pack_group else 1
     heads = problem.heads_q // group * (problem.batch if problem.packing is None else 1)
     stats = RowStats(*workspace[:2], rows // heads, plan.tiling.block_q, group)
@@ -220,6 +217,61 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     if problem.sinks is not None:
         dsinks = sink_gradient(problem, traits, stats, tables, sinks_dtype, on)
     return Gradients(*grads, dbias, dsinks)
+
+
+def _backward_choice(
+    gradient: GradientProblem, grads: tuple[Array, Array, Array], device: _traits.Device
+) -> tuple[_traits.Traits, _traits.BackwardPlan]:
+    """Kept by layout, as a forward's."""
+    extras = _traits.Extras.of(gradient.forward)
+    layout = (device, *_params.gradient_layout(gradient, grads, extras))
+    choice = _backward_choices.get(layout)
+    if choice is None:
+        traits = backward_traits(gradient, grads)
+        plan = _plan.backward_plan(traits, device.capability, gradient.deterministic)
+        choice = traits, plan
+        _keep(_backward_choices, layout, choice)
+    return choice
+
+
+def _known_launches(
+    gradient: GradientProblem,
+    grads: tuple[Array, Array, Array],
+    workspace: tuple[Array, Array, Array, Array],
+    plan: _traits.BackwardPlan,
+    on: Gpu,
+) -> tuple[_Launch, ...]:
+    """Kept by all that they depend on, as a forward's."""
+    key = (on, *_params.gradient_places(gradient, grads, workspace))
+    launches = _backward_launches.get(key)
+    if launches is None:
+        launches = _launches(gradient, grads, workspace, plan, on)
+        _keep(_backward_launches, key, launches)
+    return launches
+
+
+def _launches(
+    gradient: GradientProblem,
+    grads: tuple[Array, Array, Array],
+    workspace: tuple[Array, Array, Array, Array],
+    plan: _traits.BackwardPlan,
+    on: Gpu,
+    tables: _params.Tables = _params.NO_TABLES,
+) -> tuple[_Launch, ...]:
+    """Of a backward pass: lse and delta, the gradients, and dq in its dtype."""
+    problem, tiling = gradient.forward, plan.tiling
+    params = main_params = _params.pack_backward(gradient, grads, workspace, tables)
+    if plan.backend == "sm90":
+        tile = (tiling.block_q, tiling.block_kv)
+        main_params = _params.pack_backward_sm90(
+            gradient, grads, params, tile, plan.panels, on.encode
+        )
+    query_tiles = _query_tiles(problem, tiling)
+    return (
+        _Launch(plan.prep, query_tiles, params),
+        _Launch(plan.main, _key_tiles(problem, tiling), main_params),
+        _Launch(plan.post, query_tiles, params),
+    )
 
 
 def _run(on: Gpu, kernel: _traits.Kernel, blocks: int, params: bytes) -> None:

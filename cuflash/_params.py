@@ -251,8 +251,31 @@ def layout(problem: Problem, out: Array, extras: Any) -> tuple[Any, ...]:
     """All that a forward plan depends on: equal layouts have equal plans."""
     q, k, v = problem.q, problem.k, problem.v
     low_bits = (address(q) | address(k) | address(v) | address(out)) % 16
-    arrays = (q.shape, q.strides, k.shape, k.strides, v.shape, v.strides, out.strides)
-    return (*arrays, low_bits, q.dtype, problem.scale > 0, problem.softcap > 0, extras)
+    options = (problem.scale > 0, problem.softcap > 0)
+    return (problem.sizes, out.strides, low_bits, *options, extras)
+
+
+def gradient_places(
+    gradient: GradientProblem,
+    grads: tuple[Array, Array, Array],
+    workspace: tuple[Array, Array, Array, Array],
+) -> tuple[Any, ...]:
+    """All that a backward pass's launches depend on, likewise; grads have their inputs' shapes."""
+    dlse = None if gradient.dlse is None else address(gradient.dlse)
+    rest = map(address, (gradient.dout, *grads, *workspace))
+    own = (dlse, gradient.dout.strides, *(x.strides for x in grads), gradient.deterministic)
+    return (*places(gradient.forward, gradient.out, gradient.lse), *rest, *own)
+
+
+def gradient_layout(
+    gradient: GradientProblem, grads: tuple[Array, Array, Array], extras: Any
+) -> tuple[Any, ...]:
+    """All that a backward plan depends on, likewise."""
+    low_bits = 0
+    for array in (gradient.dout, *grads):
+        low_bits |= address(array)
+    own = (gradient.dout.strides, *(x.strides for x in grads), gradient.deterministic)
+    return (*layout(gradient.forward, gradient.out, extras), low_bits % 16, *own)
 
 
 def alignment(*arrays: Array) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from conftest import emulated
 from injection import assert_noticed, changed, put_in
 from test_kernels import check_hopper_kernel
 
-import cuflash
 from cuflash import _gpu, _jit, _launch, _launch_packed, _params, _plan, _traits
 from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
@@ -582,99 +580,6 @@ def test_a_row_map_ends_with_the_length() -> None:
     # Row 4 of length 7: coordinates 4 + 10 - 7 and 7; row 7 is the first out of bounds.
     assert found.address + (4 + 10 - 7) * row + 7 * row == x[0, 4].ctypes.data
     assert found.extents[1] == 7 + 10 - 7
-
-
-def test_a_choice_is_kept_by_layout_alone() -> None:
-    arrays = LONG.arrays()
-    out = np.empty_like(arrays.q)
-
-    def choice(capability: int = 90, **changes: Any) -> Any:
-        device = _traits.Device(capability, l2_bytes=1 << 20, sms=3)
-        given = {"q": arrays.q, "k": arrays.k, "v": arrays.v, **changes}
-        problem = Problem.create("attention", "cuda", **given)
-        return _launch._forward_choice(problem, out, device)
-
-    first = choice()
-    assert choice(causal=True, q=arrays.q.copy()) is first
-    assert choice(q=shifted(arrays.q)).plan.backend == "sm80"
-    others = (
-        choice(80),
-        choice(softcap=1.0),
-        choice(scale=-1.0),
-        choice(k=arrays.k[:, ::-1]),
-    )
-    assert len({first.plan.kernel, *(other.plan.kernel for other in others)}) == 5
-
-
-class _Encoder:
-    """What of a GPU makes parameters: each tensor map has bytes of its own."""
-
-    def __init__(self, device: _traits.Device) -> None:
-        self.device = device
-
-    def encode(self, tensor_map: _params.TensorMap) -> bytes:
-        return hashlib.sha512(repr(tensor_map).encode()).digest()
-
-
-def test_a_launch_is_kept_by_all_that_it_depends_on() -> None:
-    arrays = LONG.arrays()
-    out, lse = np.empty_like(arrays.q), np.empty((1, 2, 450), np.float32)
-    devices = [_traits.Device(capability, 1 << 20, sms=3) for capability in (80, 90)]
-    gpus = [_Encoder(device) for device in devices]
-
-    def launch(on: int = 1, out: np.ndarray = out, lse: np.ndarray = lse, **changes: Any) -> Any:
-        given = {"q": arrays.q, "k": arrays.k, "v": arrays.v, **changes}
-        problem = Problem.create("attention", "cuda", **given)
-        assert problem.reads_no_more
-        known = _launch._known_launch(problem, out, lse, gpus[on])
-        assert _launch._known_launch(problem, out, lse, gpus[on]) is known
-        choice = _launch._forward_choice(problem, out, devices[on])
-        assert known == _launch._forward_launch(problem, out, lse, choice, gpus[on])
-        return known
-
-    first = launch()
-    assert launch(seed=7, dropout=0) is first  # which change nothing
-    others = [
-        launch(on=0),
-        launch(out=out.copy()),
-        launch(out=out.reshape(1, 2, 450, 64).swapaxes(1, 2)),
-        launch(lse=lse.copy()),
-        launch(q=arrays.q.copy()),
-        launch(k=arrays.k.copy()),
-        launch(q=shifted(arrays.q)),
-        launch(q=heads_first_copy(arrays.q)),
-        launch(k=arrays.k[:, :999], v=arrays.v[:, :999]),
-        launch(v=arrays.v.copy()),
-        launch(**dict(zip("qkv", (x.view(np.float16) for x in arrays[:3]), strict=True))),
-        launch(causal=True),
-        launch(window=(3, None)),
-        launch(offset=0),
-        launch(offset=1),
-        launch(scale=0.5),
-        launch(softcap=0.5),
-    ]
-    assert len({first, *others}) == 1 + len(others)
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        {"offset": np.zeros(1, np.int64)},
-        {"q_lens": [9]},
-        {"kv_lens": [9]},
-        {"mask": cuflash.masks.causal()},
-        {"bias": np.zeros((450, 1000), np.float32)},
-        {"alibi_slopes": np.ones(2, np.float32)},
-        {"sinks": np.ones(2, np.float32)},
-        {"dropout": 0.1, "seed": 0},
-        {"score_mod": cuflash.ScoreMod("score")},
-    ],
-    ids=lambda read: next(iter(read)),
-)
-def test_a_launch_that_reads_more_is_not_kept(read: dict[str, Any]) -> None:
-    q, k, v = LONG.arrays()[:3]
-    given = {n: np.array(x) if isinstance(x, list) else x for n, x in read.items()}
-    assert not Problem.create("attention", "cuda", q, k, v, **given).reads_no_more
 
 
 def heads_first_copy(x: np.ndarray) -> np.ndarray:
