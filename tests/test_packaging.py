@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -39,11 +40,11 @@ def kernel_dir(installed: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """A copy of what a build reads."""
-    folder = tmp_path_factory.mktemp("checkout")
+    folder = tmp_path_factory.mktemp("checkout") / "cuflash"
     for name in ("cuflash", "kernels_cu"):
         skip = shutil.ignore_patterns("__pycache__")
         shutil.copytree(CHECKOUT / name, folder / name, ignore=skip)
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md"):
+    for name in ("setup.cfg", "setup.py", "MANIFEST.in", "pyproject.toml", "LICENSE", "README.md"):
         shutil.copy(CHECKOUT / name, folder / name)
     return folder
 
@@ -74,7 +75,7 @@ def test_the_wheel_holds_the_package_and_every_kernel_source(site):
     modules = {str(p.relative_to(CHECKOUT)) for p in (CHECKOUT / "cuflash").rglob("*.py")}
     installed = {str(p.relative_to(site)) for p in (site / "cuflash").rglob("*.py")}
     assert (site / "cuflash" / "py.typed").exists()
-    assert installed == modules | {"cuflash/kernels_cu/__init__.py"}
+    assert installed == modules
     assert not (site / "tests").exists() and not (site / "kernels_cu").exists()
 
 
@@ -100,10 +101,36 @@ def test_a_wheel_finds_its_kernels(site):
     assert kernel_dir(site) == (site / "cuflash" / "kernels_cu").resolve()
 
 
+def test_a_wheel_built_again_is_the_same(checkout, site, tmp_path):
+    again = install(checkout, "build_wheel", tmp_path)
+    assert {p.relative_to(again) for p in again.rglob("*")} == {
+        p.relative_to(site) for p in site.rglob("*")
+    }
+
+
+def test_a_source_distribution_holds_the_kernels(checkout, tmp_path):
+    run(sys.executable, "-c", BUILD.format("build_sdist"), str(tmp_path), cwd=checkout)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    kernels = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "kernels_cu").rglob("*.cu*")}
+    assert kernels | {"setup.py", "cuflash/attention.py"} <= names
+
+
 def test_an_editable_install_finds_its_kernels(checkout, tmp_path):
     site = install(checkout, "build_editable", tmp_path)
     assert not (site / "cuflash").exists()
     assert kernel_dir(site) == (checkout / "kernels_cu").resolve()
+
+
+def test_an_editable_install_serves_the_folder_above(checkout, tmp_path):
+    """Where the checkout is a folder of the package's name, without an __init__.py."""
+    site = install(checkout, "build_editable", tmp_path)
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    script = "import sys; sys.path.insert(0, '');" + FIND
+    arguments = (sys.executable, "-S", "-c", script, str(site), *libraries)
+    version, kernels = run(*arguments, cwd=checkout.parent).splitlines()
+    assert version and Path(kernels) == (checkout / "kernels_cu").resolve()
 
 
 def test_a_bare_checkout_finds_its_kernels(checkout):
