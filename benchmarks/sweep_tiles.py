@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=arguments.positive, default=os.cpu_count(), help="default: one per core")
     add("--compile-only", action="store_true", help="registers, spills and ptxas's notes")
     add("--arch", type=arguments.architecture, help="to compile for (default: this GPU's)")
-    add("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
+    add("--output", type=Path, help="the JSON file (default: a new one in benchmarks/results)")
     add("--commit", help="what to record where this is no git checkout")
     return parser
 

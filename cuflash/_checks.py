@@ -572,10 +572,12 @@ class Check(NamedTuple):
             n in (1, full) for n, full in zip(array.shape[::-1], scores_shape[::-1], strict=False)
         )
         if not fits:
+            by_key = array.shape == (scores_shape[0], scores_shape[3])
+            hint = f", as {name}[:, None, None, :] does" if by_key else ""
             self.fail(
                 ValueError,
                 f"{name} has shape {array.shape}; "
-                f"expected one that broadcasts to (batch, q heads, Sq, Sk) = {scores_shape}",
+                f"expected one that broadcasts to (batch, q heads, Sq, Sk) = {scores_shape}{hint}",
             )
 
 

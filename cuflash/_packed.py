@@ -183,7 +183,7 @@ def dense_or_packed(
         return Problem.create(function, device, **arguments)
     for name in ("q_lens", "kv_lens", "mask", "bias"):
         if arguments.pop(name) is not None:
-            message = f"{name} is given beside cu_seqlens; expected one of them"
+            message = f"{name} is given beside cu_seqlens; expected none with packed sequences"
             Check(function, device).fail(ValueError, message)
     return PackedProblem.create(function, device, **arguments)
 

@@ -45,6 +45,15 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     ValueError
         Counts, shapes or devices differ, or there is nothing to merge.
 
+    Notes
+    -----
+    A part counts keys from its own first one: with `causal` or a window give it ``offset = Sk - Sq
+    - start``, where Sk counts the keys of all parts and `start` those before this one. Sinks are
+    for one part alone, or they would count twice. For the gradients go back through each part with
+    the merged out and lse, ``attention_backward(dout, q, k_part, v_part, out, lse, offset=...)``:
+    dk and dv are its keys' own, and the dq add up. Packed results are a batch of one, ``out[None]``
+    and ``lse[None]``.
+
     Examples
     --------
     >>> import numpy as np, cuflash

@@ -166,9 +166,10 @@ def check_score_mod(check: Check, score_mod: ScoreMod | None) -> None:
 def check_expression(function: str, name: str, code: Any) -> None:
     """Fail unless `code` is the text of one expression."""
     if not isinstance(code, str):
+        hint = "; a NumPy function goes beside it, for the CPU" if callable(code) else ""
         raise TypeError(
             f"cuflash.{function}: {name} is a {type(code).__name__}; expected a CUDA C++ "
-            "expression, a string"
+            f"expression, a string{hint}"
         )
     if not code.strip():
         raise ValueError(f"cuflash.{function}: {name} is empty; expected a CUDA C++ expression")

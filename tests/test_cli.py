@@ -416,6 +416,17 @@ def test_bench_of_the_host_queues_calls_and_prints_microseconds(tmp_path, monkey
     assert f"| forward | 64 | {microseconds:.4g} | – |" in table and "microseconds" in table
 
 
+def test_a_report_never_replaces_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "CHECKOUT", tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        path = reports.default_output("cpu", "Some CPU, 2 cores")
+        path.touch()
+        names.append(path.name.partition("some-cpu-2-cores-")[2])
+    assert names == ["cpu.json", "cpu-2.json", "cpu-3.json"]
+
+
 def test_bench_records_why_a_peer_is_absent(tmp_path, monkeypatch, capsys):
     def absent(cell, inputs):
         raise ImportError("No module named 'torch'\nmore")

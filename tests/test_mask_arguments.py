@@ -117,6 +117,11 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         ".expression: code is a int; expected a CUDA C++ expression, a string",
     ),
+    "expression-function": (
+        lambda: masks.expression(lambda b, h, i, j: i < j),
+        TypeError,
+        "expected a CUDA C++ expression, a string; a NumPy function goes beside it, for the CPU",
+    ),
     "expression-empty": (
         lambda: masks.expression(" "),
         ValueError,
@@ -186,6 +191,11 @@ WITH_A_PROBLEM: dict[str, tuple[Mask, type[Exception], str]] = {
         masks.window(1, 1, [2**61, 0]),
         ValueError,
         f"window) offset holds {2**61}; expected {-(2**60)} to {2**60}",
+    ),
+    "dense-of-keys": (
+        masks.dense(booleans(B, SK)),
+        ValueError,
+        f"has shape ({B}, {SK}); {SCORES}, as array[:, None, None, :] does",
     ),
     "lengths-shape": (
         masks.lengths([1, 2, 3]),

@@ -50,6 +50,32 @@ def test_disjoint_keys_merge_into_all_of_them(splits: tuple[int, ...], causal: b
     assert np.abs(lse - expected_lse).max() <= 1e-13
 
 
+def test_gradients_go_back_through_the_parts() -> None:
+    """As the notes have it: the merged out and lse, sinks in one part alone, the dq added up."""
+    rng = np.random.default_rng(0)
+    q, dout = rng.standard_normal((2, B, S, H, D))
+    k, v = rng.standard_normal((2, B, S + 3, H, D))
+    sinks = rng.standard_normal(H)
+    parts = []
+    for keys in (slice(0, 4), slice(4, S + 3)):
+        given = {"sinks": sinks} if not keys.start else {}
+        parts.append(
+            (q, k[:, keys], v[:, keys], {"offset": 3 - keys.start, "causal": True, **given})
+        )
+    states = [cuflash.attention(*x, **options, return_lse=True) for *x, options in parts]
+    out, lse = cuflash.merge(*zip(*states, strict=True))
+    grads = [cuflash.attention_backward(dout, *x, out, lse, **options) for *x, options in parts]
+    expected = reference.attention_backward(dout, q, k, v, causal=True, sinks=sinks)
+    found = (
+        sum(some.dq for some in grads),
+        np.concatenate([some.dk for some in grads], axis=1),
+        np.concatenate([some.dv for some in grads], axis=1),
+        grads[0].dsinks,
+    )
+    for x, right in zip(found, (*expected[:3], expected.dsinks), strict=True):
+        assert np.abs(x - right).max() <= 1e-12
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_against_float64(dtype: Any, n: int) -> None:

@@ -551,7 +551,7 @@ def test_out_overlaps_no_input() -> None:
 def test_validate_takes_sequences_or_lengths() -> None:
     x = Packed(LENGTHS["equal"])
     assert cuflash.validate(x.q, x.k, x.v, *x.cu_seqlens) is None
-    message = "q_lens is given beside cu_seqlens; expected one of them"
+    message = "q_lens is given beside cu_seqlens; expected none with packed sequences"
     with bad(ValueError, message, "validate"):
         cuflash.validate(x.q, x.k, x.v, *x.cu_seqlens, q_lens=[1, 2])
 

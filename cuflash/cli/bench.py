@@ -42,7 +42,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="a few cells of the grid")
     add("--peers", nargs="*", help="only these, by the names of the table's columns")
     add("--seconds", type=arguments.seconds, default=0.5, help="for each contender in each cell")
-    add("--output", type=Path, help="the JSON file (default: in benchmarks/results)")
+    add("--output", type=Path, help="the JSON file (default: a new one in benchmarks/results)")
     add("--commit", help="what to record where this is no git checkout")
     return parser
 

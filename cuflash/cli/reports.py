@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,16 @@ def require_writable(command: str, output: Path) -> None:
 
 
 def default_output(suite: str, device: str) -> Path:
-    """A file in the checkout's benchmarks/results; without a checkout, in one made here."""
+    """A new file in the checkout's benchmarks/results; without a checkout, in one made here."""
     folder = CHECKOUT / "benchmarks" / "results"
     if not folder.is_dir():
         folder = Path.cwd() / "benchmarks" / "results"
         with suppress(OSError):  # the file will not be writable then either
             folder.mkdir(parents=True, exist_ok=True)
     slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    return folder / f"{datetime.date.today().isoformat()}-{slug}-{suite}.json"
+    stem = f"{datetime.date.today().isoformat()}-{slug}-{suite}"
+    names = (f"{stem}{suffix}.json" for suffix in chain([""], (f"-{n}" for n in count(2))))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _versions() -> dict[str, str]:

@@ -44,8 +44,8 @@ def table(report: dict[str, Any]) -> str:
 
 def rates(results: dict[str, Any]) -> str:
     """One cell's, in one line."""
-    each = (f"{name} {result.get('tflops', 'absent')}" for name, result in results.items())
-    return ", ".join(each)
+    rates = {name: result.get("tflops") for name, result in results.items()}
+    return ", ".join(f"{name} {f'{x} TFLOP/s' if x else 'absent'}" for name, x in rates.items())
 
 
 def _rates(rows: list[dict[str, Any]], peers: list[str], gemm_tflops: float) -> list[str]:
