@@ -573,7 +573,7 @@ class Check(NamedTuple):
         )
         if not fits:
             by_key = array.shape == (scores_shape[0], scores_shape[3])
-            hint = f", as {name}[:, None, None, :] does" if by_key else ""
+            hint = ", as array[:, None, None, :] does" if by_key else ""
             self.fail(
                 ValueError,
                 f"{name} has shape {array.shape}; "

@@ -117,7 +117,7 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         ".expression: code is a int; expected a CUDA C++ expression, a string",
     ),
-    "expression-function": (
+    "expression-lambda": (
         lambda: masks.expression(lambda b, h, i, j: i < j),
         TypeError,
         "expected a CUDA C++ expression, a string; a NumPy function goes beside it, for the CPU",
