@@ -12,6 +12,7 @@ from typing import TypeVar
 from threadpoolctl import ThreadpoolController
 
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def for_each(function: Callable[[Task], object], tasks: Iterable[Task]) -> None:
@@ -78,7 +79,7 @@ def _single_threaded_blas() -> Iterator[int]:
             blas = _blas()
             threads = [library.num_threads for library in blas.lib_controllers]
             _callers.threads = max(threads, default=os.cpu_count() or 1)
-            _callers.restore = blas.limit(limits=1).restore_original_limits
+            _callers.restore = _by_any_thread(lambda: blas.limit(limits=1)).restore_original_limits
         _callers.inside += 1
     try:
         yield _callers.threads
@@ -86,7 +87,25 @@ def _single_threaded_blas() -> Iterator[int]:
         with _callers.lock:
             _callers.inside -= 1
             if not _callers.inside:
-                _callers.restore()
+                _by_any_thread(_callers.restore)
+
+
+def _by_any_thread(set_threads: Callable[[], Result]) -> Result:
+    """Set BLAS's threads: threadpoolctl, from 3.8 on, ignores all but the first thread that does.
+
+    Which callers come first and leave last is nobody's choice; and the next may be another's.
+    """
+    _let_go()
+    try:
+        return set_threads()
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    for library in _blas().lib_controllers:
+        if hasattr(library, "clear_controlling_thread"):
+            library.clear_controlling_thread(force=True)
 
 
 @lru_cache(maxsize=1)

@@ -431,6 +431,25 @@ def test_callers_in_several_threads_get_the_same_and_blas_gets_its_threads_back(
         assert {library.num_threads for library in _threads._blas().lib_controllers} == {2}
 
 
+def test_blas_has_one_thread_whoever_calls_and_its_threads_again_whoever_leaves_last() -> None:
+    def threads() -> set[int]:
+        return {library.num_threads for library in _threads._blas().lib_controllers}
+
+    with (
+        threadpoolctl.threadpool_limits(2, user_api="blas"),  # set by a thread that makes no call
+        ThreadPoolExecutor(1) as one,
+        ThreadPoolExecutor(1) as other,
+    ):
+        first, last = _threads._single_threaded_blas(), _threads._single_threaded_blas()
+        assert one.submit(first.__enter__).result() == 2
+        assert threads() == {1}
+        assert other.submit(last.__enter__).result() == 2
+        one.submit(first.__exit__, None, None, None).result()  # its thread lives on
+        assert threads() == {1}
+        other.submit(last.__exit__, None, None, None).result()
+        assert threads() == {2}
+
+
 @pytest.mark.parametrize(("seqlen", "tasks"), [(16, 1), (128, 2), (1024, 16)])
 def test_small_problems_are_few_tasks(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, seqlen: int, tasks: int
