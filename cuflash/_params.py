@@ -40,6 +40,8 @@ BACKWARD_SM90_BYTES = 6 * TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
 # Beyond any offset and length, and far enough from the ends of 64 bits to be added to them.
 _UNBOUNDED = 1 << 61
 _TMA_STRIDE_LIMIT = 1 << 40
+_WRAP = 1 << 30  # of panels.cuh
+_PLACES, _PLACE_BYTES = 1 << 31, 16
 _WARPGROUP_ROWS = 64
 _LOG2_E = math.log2(math.e)
 
@@ -325,8 +327,10 @@ def tma_obstacle(arrays: dict[str, Array]) -> str:
             stride, size = array.strides[axis], array.shape[axis]
             if size > 1 and (stride % 16 or not 0 < stride < _TMA_STRIDE_LIMIT):
                 return f"{name} has stride {stride} bytes in axis {axis}, no multiple of 16 above 0"
-        if address(array) < array.shape[1] * array.strides[1]:
-            return f"{name} starts too low for a map that counts from before it"
+        batch_stride, row_stride, _ = _tma_strides(array.shape, array.strides)
+        end = (array.shape[0] - 1) * batch_stride + array.shape[1] * row_stride
+        if array.shape[1] > _WRAP or end >= _PLACES * _PLACE_BYTES:
+            return f"{name} has more rows or bytes than the coordinates of its map reach"
     return ""
 
 
@@ -336,10 +340,12 @@ def _output_map(problem: Problem, array: Array, panel: int) -> TensorMap:
 
 
 def row_map(array: Array, rows: int, panel: int) -> TensorMap:
-    """A (B, S, H, D) array, of which the first `length` rows are read and zeros after them.
+    """A (B, S, H, D) array, of whose batch entries the first `length` rows exist (panels.cuh).
 
-    Axes: column, S - length + row, length, head, batch. The second and the third advance by a row
-    and count from S rows before the array, so the first row beyond the length is out of bounds.
+    Axes: column, 2^30 - length + row, where row `length` of the batch entry starts in units of 16
+    bytes, head, 2^30. So the first row beyond the length is out of bounds. The last axis takes off
+    2^30 rows, modulo 2^64: the map's address has to be the array's, where memory is mapped, as
+    loads look at it. Triton's ragged descriptors do likewise.
     """
     return _row_map(address(array), array.shape, array.strides, rows, panel)
 
@@ -357,12 +363,12 @@ _MAPS = 4096
 def _row_map(
     first: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, panel: int
 ) -> TensorMap:
-    batch, seq, heads, cols = shape
-    batch_stride, row_stride, head_stride = _tma_strides(shape, strides)
+    _, _, heads, cols = shape
+    _, row_stride, head_stride = _tma_strides(shape, strides)
     return TensorMap(
-        first - seq * row_stride,
-        (cols, seq, seq + 1, heads, batch),
-        (row_stride, row_stride, head_stride, batch_stride),
+        first,
+        (cols, _WRAP, _PLACES, heads, _WRAP + 1),
+        (row_stride, _PLACE_BYTES, head_stride, (1 << 64) // _WRAP - row_stride),
         (panel, rows, 1, 1, 1),
     )
 
@@ -390,7 +396,7 @@ def _tma_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[int]:
 
 def _tensor(array: Array) -> tuple[int, int, int, int]:
     itemsize = array.itemsize
-    batch, seq, head, _ = array.strides
+    batch, seq, head = _tma_strides(array.shape, array.strides)
     return address(array), batch // itemsize, seq // itemsize, head // itemsize
 
 

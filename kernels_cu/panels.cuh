@@ -30,30 +30,42 @@ struct Panels {
   DEVICE u32 address(int row, int col) const { return chunk_address(row, col / 8) + col % 8 * 2; }
 };
 
-// The tile's rows from first_row on, of which `length` of the array's `seqlen` count and the others
-// read as zeros. The map has an axis for the rows before the end of all and one for the length,
-// both a row's stride apart and based `seqlen` rows before the array: their sum is the row
-// (cuflash/_params.py, row_map).
+// Coordinates of a map by which only the first `length` rows of a batch entry exist: kWrap - length
+// rows count as before them, so the row axis, kWrap long, ends with the length. What that adds to
+// the address the last axis takes off again, as its stride times kWrap wraps around 64 bits; the
+// axis of `place` advances by 16 bytes (cuflash/_params.py, row_map).
+constexpr int kWrap = 1 << 30;
+struct RowPlace {
+  int row, place;
+
+  DEVICE RowPlace(const Tensor& x, int first_row, int length, int batch)
+      : row(first_row + (kWrap - length)),
+        place((length * x.seq_stride + batch * x.batch_stride) / 8) {}
+};
+
+// The tile's rows from first_row on, of which `length` count and the others read as zeros.
 template <class Tile>
-DEVICE void load_panels(const Tile& tile, const TensorMap* map, u32 barrier, int first_row,
-                        int length, int seqlen, int head, int batch) {
+DEVICE void load_panels(const Tile& tile, const TensorMap* map, u32 barrier, const Tensor& x,
+                        int first_row, int length, int head, int batch) {
+  const RowPlace at(x, first_row, length, batch);
 #pragma unroll
   for (int panel = 0; panel < Tile::kCount; panel++)
-    tma_load(tile.base + panel * Tile::kPanelBytes, map, barrier, panel * Tile::kPanelCols,
-             first_row + seqlen - length, length, head, batch);
+    tma_load(tile.base + panel * Tile::kPanelBytes, map, barrier, panel * Tile::kPanelCols, at.row,
+             at.place, head, kWrap);
 }
 
 // The tile to the rows from first_row on; those beyond the array are dropped or, where sequences
-// are packed, those beyond `length` of its `seqlen` rows, by a map as load_panels has it.
+// are packed, those beyond `length`, by a map as load_panels has it.
 template <class Tile>
-DEVICE void store_panels(const Tile& tile, const TensorMap* map, int first_row, int length,
-                         int seqlen, int head, int batch) {
+DEVICE void store_panels(const Tile& tile, const TensorMap* map, const Tensor& x, int first_row,
+                         int length, int head, int batch) {
+  const RowPlace at(x, first_row, length, batch);
 #pragma unroll
   for (int panel = 0; panel < Tile::kCount; panel++) {
     const u32 source = tile.base + panel * Tile::kPanelBytes;
     const int col = panel * Tile::kPanelCols;
     if constexpr (kPacked)
-      tma_store(map, source, col, first_row + seqlen - length, length, head, batch);
+      tma_store(map, source, col, at.row, at.place, head, kWrap);
     else
       tma_store(map, source, col, first_row, head, batch);
   }

@@ -185,6 +185,35 @@ def test_tensor_copies(
         np.testing.assert_array_equal(target.reshape(-1), result)
 
 
+@pytest.mark.parametrize("schedule", ["eager", "lazy"])
+def test_a_load_looks_at_the_own_address_of_its_map(schedule: str) -> None:
+    array = np.arange(128, dtype=np.float32).reshape(16, 8)
+    below = tensor_map(array, (8, 8), swizzle=0)  # whose rows 8 and on are the only buffer
+    load_box = """@%p1 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r1], 256;
+        @%p1 cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes
+            [%r2], [%rd11, {0, 8}], [%r1];"""
+    store_box = """@%p1 cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group
+            [%rd11, {0, 8}], [%r2];
+        @%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group 0;"""
+
+    def run(body: str, other: np.ndarray, *buffers: np.ndarray) -> None:
+        text = f""".version 8.8 .target sm_90a .address_size 64
+            .extern .shared .align 1024 .b8 smem[];
+            .entry test(.param .align 64 .b8 map[128], .param .u64 p1) {{
+            .reg .pred %p<8>; .reg .b32 %r<8>; .reg .b64 %rd<16>;
+            mov.b64 %rd10, map; cvta.param.u64 %rd11, %rd10; ld.param.u64 %rd1, [p1];
+            mov.u32 %r0, %tid.x; {BARRIER} {body} ret; }}"""
+        launch(load(text), below, other, buffers=[other, *buffers], schedule=schedule)
+
+    out = np.zeros(64, np.float32)
+    run(load_box + WAIT + bulk_store(1, 256), out, array)
+    np.testing.assert_array_equal(out, array[8:].reshape(-1))
+    with pytest.raises(EmulatorError, match="TMA load: the tensor map's own address.*byte -256"):
+        run(load_box + WAIT + bulk_store(1, 256), out, array[8:])
+    run(bulk_load(1, 256) + WAIT + store_box, -out, array[8:])
+    np.testing.assert_array_equal(array[8:].reshape(-1), -out)
+
+
 def test_tensor_maps_that_the_driver_would_refuse() -> None:
     x = np.zeros((8, 64), np.float32)
     with pytest.raises(ValueError, match="256 bytes wide"):

@@ -560,10 +560,11 @@ def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.Monke
     assert _gpu._encode.__wrapped__(store_map) == bytes([7]) * 128
     address, row = x.ctypes.data, x.strides[1]
     head, batch = 1 * 128, 1 * 128  # axes of one element
-    rows, strides = [64, 1000, 1001, 1, 1], [row, row, head, batch]
+    rows, strides = [64, 1 << 30, 1 << 31, 1, (1 << 30) + 1], [row, 16, head, (1 << 34) - row]
+    others = [row, head, batch]
     assert seen == [
-        [0, 1, 5, address - 1000 * row, rows, strides, [64, 112, 1, 1, 1], [1] * 5, 0, 3, 2, 0],
-        [0, 1, 4, address, [64, 1000, 1, 1], strides[1:], [32, 64, 1, 1], [1] * 4, 0, 2, 2, 0],
+        [0, 1, 5, address, rows, strides, [64, 112, 1, 1, 1], [1] * 5, 0, 3, 2, 0],
+        [0, 1, 4, address, [64, 1000, 1, 1], others, [32, 64, 1, 1], [1] * 4, 0, 2, 2, 0],
     ]
     driver.status = 1
     with pytest.raises(RuntimeError, match="the driver refuses .*: CUDA error 1"):
@@ -574,12 +575,16 @@ def test_a_row_map_ends_with_the_length() -> None:
     x = np.zeros((2, 10, 3, 16), np.float16)
     found = _params.row_map(x, rows=64, panel=64)
     row = 3 * 16 * 2
-    assert found.address == x.ctypes.data - 10 * row
-    assert found.extents == (16, 10, 11, 3, 2)
-    assert found.strides == (row, row, 32, 10 * row)
-    # Row 4 of length 7: coordinates 4 + 10 - 7 and 7; row 7 is the first out of bounds.
-    assert found.address + (4 + 10 - 7) * row + 7 * row == x[0, 4].ctypes.data
-    assert found.extents[1] == 7 + 10 - 7
+    wrap = 1 << 30
+    # Hardware looks at a map's own address when it loads: memory has to be mapped there.
+    assert found.address == x.ctypes.data
+    assert found.extents == (16, wrap, 1 << 31, 3, wrap + 1)
+    assert found.strides == (row, 16, 32, (1 << 34) - row)
+    # Row 4 of length 7 of batch entry 1, head 2; row 7 is the first out of bounds.
+    at = (4 + wrap - 7, (1 * 10 * row + 7 * row) // 16, 2, wrap)
+    offset = sum(index * stride for index, stride in zip(at, found.strides, strict=True))
+    assert (found.address + offset) % (1 << 64) == x[1, 4, 2].ctypes.data
+    assert found.extents[1] == 7 + wrap - 7
 
 
 def heads_first_copy(x: np.ndarray) -> np.ndarray:

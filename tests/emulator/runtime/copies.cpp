@@ -137,13 +137,14 @@ static void execute(AsyncCopy& copy) {
   const u32 rows = m.box[1] * m.box[2] * m.box[3] * m.box[4];
   for (u32 row = 0; row < rows; row++) {
     bool inside = true;
-    u8* global = reinterpret_cast<u8*>(m.base);
+    u64 global = m.base;  // wraps around, as the hardware's
     for (u32 axis = 1, rest = row; axis < 5; rest /= m.box[axis++]) {
       const i64 at = i64{copy.at[axis]} + rest % m.box[axis];
       inside &= at >= 0 && at < m.extent[axis];
-      global += at * static_cast<i64>(m.stride[axis]);
+      global += static_cast<u64>(at) * m.stride[axis];
     }
-    copy_row(copy, copy.shared + row * m.box[0] * m.element_bytes, global, inside);
+    copy_row(copy, copy.shared + row * m.box[0] * m.element_bytes, reinterpret_cast<u8*>(global),
+             inside);
   }
   copy.done = true;
 }
@@ -204,6 +205,8 @@ void tma(Bulk op, u32 shared, u64 tensor_map, u32 barrier, int rank, const i32* 
   if (map.magic != kMapMagic) fail("TMA: what the instruction names is not a tensor map");
   if (map.rank != u32(rank))
     fail("TMA: the instruction has rank %d, the tensor map %u", rank, map.rank);
+  // Hardware fails where nothing is mapped there, wherever the coordinates lie; not so for stores.
+  if (op == Bulk::load) check_mapped(map.base, "TMA load: the tensor map's own address, a look");
   require_alignment(shared, 128, "TMA");
   issue(op, shared, map, at, op == Bulk::load ? &mbarrier_at(barrier, "TMA load") : nullptr);
 }

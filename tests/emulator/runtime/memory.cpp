@@ -38,6 +38,14 @@ void check_global(u64 address, u32 bytes, bool write, const char* what) {
   report_out_of_bounds(address, bytes, what);
 }
 
+void check_mapped(u64 address, const char* what) {
+  const Options& o = *cta->options;
+  if (!o.buffers) return;
+  for (u64 i = 0; i < o.buffer_count; i++)
+    if (o.buffers[i].begin <= address && address < o.buffers[i].end) return;
+  report_out_of_bounds(address, 1, what);
+}
+
 void* global_at(u64 address, u32 bytes, bool write) {
   const char* what = write ? "store to global memory" : "load from global memory";
   if (address % bytes)

@@ -261,6 +261,7 @@ inline u8* shared_at(u32 address) { return cta->shared + (address - kSharedBase)
 inline u32 offset_of(u32 address) { return address - kSharedBase; }
 void require_alignment(u32 address, u32 alignment, const char* what);
 void check_global(u64 address, u32 bytes, bool write, const char* what);
+void check_mapped(u64 address, const char* what);
 u32 swizzled(u32 address, u32 span);
 Mbarrier& mbarrier_at(u32 address, const char* what);
 void complete_async(size_t index_in_pending);
