@@ -120,7 +120,8 @@ AT_ONCE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "expression-lambda": (
         lambda: masks.expression(lambda b, h, i, j: i < j),
         TypeError,
-        "expected a CUDA C++ expression, a string; a NumPy function goes beside it, for the CPU",
+        ".expression: code is a function; expected a CUDA C++ expression, a string; "
+        "a NumPy function goes beside it, for the CPU",
     ),
     "expression-empty": (
         lambda: masks.expression(" "),
@@ -195,7 +196,7 @@ WITH_A_PROBLEM: dict[str, tuple[Mask, type[Exception], str]] = {
     "dense-of-keys": (
         masks.dense(booleans(B, SK)),
         ValueError,
-        f"has shape ({B}, {SK}); {SCORES}, as array[:, None, None, :] does",
+        f"dense) array has shape ({B}, {SK}); {SCORES}, as array[:, None, None, :] does",
     ),
     "lengths-shape": (
         masks.lengths([1, 2, 3]),
