@@ -273,11 +273,13 @@ def gradient_layout(
     gradient: GradientProblem, grads: tuple[Array, Array, Array], extras: Any
 ) -> tuple[Any, ...]:
     """All that a backward plan depends on, likewise."""
-    low_bits = 0
-    for array in (gradient.dout, *grads):
-        low_bits |= address(array)
+    problem, dq = gradient.forward, grads[0]
+    moved = 0  # by TMA, which sees neither out nor dq
+    for array in (problem.q, problem.k, problem.v, gradient.dout, *grads[1:]):
+        moved |= address(array)
+    low_bits = (moved % 16, (address(gradient.out) | address(dq)) % 16)
     own = (gradient.dout.strides, *(x.strides for x in grads), gradient.deterministic)
-    return (*layout(gradient.forward, gradient.out, extras), low_bits % 16, *own)
+    return (*layout(problem, gradient.out, extras), *low_bits, *own)
 
 
 def alignment(*arrays: Array) -> int:

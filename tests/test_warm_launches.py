@@ -87,14 +87,16 @@ def test_a_choice_is_kept_by_layout_alone() -> None:
 
 
 def test_a_backward_choice_is_kept_by_layout_alone() -> None:
-    def choice(dout: np.ndarray = ARRAYS.dout, **changes: Any) -> Any:
-        gradient = GradientProblem.create("attention", problem(**changes), dout, OUT, LSE)
+    def choice(dout: np.ndarray = ARRAYS.dout, out: np.ndarray = OUT, **changes: Any) -> Any:
+        gradient = GradientProblem.create("attention", problem(**changes), dout, out, LSE)
         return _launch._backward_choice(gradient, GRADS, HOPPER.device)
 
     first = choice()
     assert choice(dout=ARRAYS.dout.copy(), causal=True, q=ARRAYS.q.copy()) is first
     for dout in (shifted(ARRAYS.dout), of_wider_rows(ARRAYS.dout)):
         assert choice(dout)[1].backend == "sm80"
+    assert choice(out=shifted(OUT))[1].backend == "sm90"  # TMA does not move it
+    assert choice(q=shifted(ARRAYS.q))[1].backend == "sm80"
     others = (choice(softcap=1.0), choice(sinks=np.ones(2, np.float32)))
     assert len({first[1].main, *(plan.main for _, plan in others)}) == 3
 
