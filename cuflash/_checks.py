@@ -173,12 +173,13 @@ class Check(NamedTuple):
     def strides(self, name: str, array: Array | _Layout) -> None:
         """Of whole elements, as the kernels count them."""
         itemsize = array.dtype.itemsize
-        if any(stride % itemsize for stride in array.strides):
-            self.fail(
-                ValueError,
-                f"{name} has strides of {array.strides} bytes; "
-                f"expected multiples of {itemsize}, an element",
-            )
+        for stride in array.strides:
+            if stride % itemsize:
+                self.fail(
+                    ValueError,
+                    f"{name} has a stride of {stride} bytes; "
+                    f"expected a multiple of {itemsize}, an element",
+                )
 
     def address(self, name: str, array: Array, itemsize: int) -> None:
         if address(array) % itemsize:

@@ -18,6 +18,8 @@ from unreal_gpu import Maker
 import cuflash
 from cuflash import _jit, _params, _program, _traits, masks, reference
 from cuflash.__main__ import main
+from cuflash._packed import PackedProblem
+from cuflash._problem import Problem
 
 B, SQ, SK, H, D = 2, 5, 7, 2, 8
 SHAPES = {"q": (B, SQ, H, D), "k": (B, SK, H, D), "v": (B, SK, H, D)}
@@ -170,6 +172,17 @@ def test_elements_at_odd_addresses(name: str) -> None:
     with refused(f"attention: {name} "):
         problem = make.problem(**arrays)
         _traits.Traits.of(problem, _params.alignment(arrays["q"], arrays[name]))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 2, 8), (5, 2, 8)])
+def test_strides_of_parts_of_elements(shape: tuple[int, ...]) -> None:
+    x = np.ndarray(shape, np.float16, bytes(200), 0, (165, 33, 16, 2)[-len(shape) :])
+    message = "attention: q has a stride of {} bytes; expected a multiple of 2, an element"
+    with refused(message.format(x.strides[0])):
+        if len(shape) == 4:
+            Problem.create("attention", "cuda", x, x, x)
+        else:
+            PackedProblem.create("attention", "cuda", x, x, x, np.zeros(1, int), np.zeros(1, int))
 
 
 # Threads and processes
