@@ -535,7 +535,7 @@ class Check(NamedTuple):
         value = self.integer("seed", seed)
         if not 0 <= value < 2**64:
             self.fail(ValueError, f"seed is {value}; expected 0 to 2^64 - 1")
-        return value if dropout else 0
+        return value
 
     def bias(
         self, bias: Array | None, scores_shape: tuple[int, ...], dtype: np.dtype

@@ -127,9 +127,9 @@ def pack_forward_sm90(
 ) -> bytes:
     """ForwardParamsSm90; `panels`: columns of a panel of q and k, of v and out."""
     maps = (
-        row_map(problem.q, _WARPGROUP_ROWS, panels[0]),
-        row_map(problem.k, block_kv, panels[0]),
-        row_map(problem.v, block_kv, panels[1]),
+        load_map(problem, problem.q, _WARPGROUP_ROWS, panels[0]),
+        load_map(problem, problem.k, block_kv, panels[0]),
+        load_map(problem, problem.v, block_kv, panels[1]),
         _output_map(problem, out, panels[1]),
     )
     call = pack_forward(problem, out, lse, heads_per_section, tables)
@@ -308,10 +308,10 @@ def pack_backward_sm90(
     problem = gradient.forward
     block_q, block_kv = tile
     maps = (
-        row_map(problem.q, block_q, panels[0]),
-        row_map(problem.k, block_kv, panels[1]),
-        row_map(problem.v, block_kv, panels[2]),
-        row_map(gradient.dout, block_q, panels[2]),
+        load_map(problem, problem.q, block_q, panels[0]),
+        load_map(problem, problem.k, block_kv, panels[1]),
+        load_map(problem, problem.v, block_kv, panels[2]),
+        load_map(problem, gradient.dout, block_q, panels[2]),
         _output_map(problem, grads[1], panels[0]),
         _output_map(problem, grads[2], panels[2]),
     )
@@ -339,6 +339,13 @@ def tma_obstacle(arrays: dict[str, Array]) -> str:
 def _output_map(problem: Problem, array: Array, panel: int) -> TensorMap:
     """What a warpgroup stores: of a packed sequence no row beyond its length."""
     return (store_map if problem.packing is None else row_map)(array, _WARPGROUP_ROWS, panel)
+
+
+def load_map(problem: Problem, array: Array, rows: int, panel: int) -> TensorMap:
+    """What the kernels load by."""
+    if problem.has_lengths:
+        return row_map(array, rows, panel)
+    return _load_map(address(array), array.shape, array.strides, rows, panel)
 
 
 def row_map(array: Array, rows: int, panel: int) -> TensorMap:
@@ -371,6 +378,21 @@ def _row_map(
         first,
         (cols, _WRAP, _PLACES, heads, _WRAP + 1),
         (row_stride, _PLACE_BYTES, head_stride, (1 << 64) // _WRAP - row_stride),
+        (panel, rows, 1, 1, 1),
+    )
+
+
+@lru_cache(maxsize=_MAPS)
+def _load_map(
+    first: int, shape: tuple[int, ...], strides: tuple[int, ...], rows: int, panel: int
+) -> TensorMap:
+    """Axes: column, row, batch, head and, as maps with lengths have five, one of one element."""
+    batch, seq, heads, cols = shape
+    batch_stride, row_stride, head_stride = _tma_strides(shape, strides)
+    return TensorMap(
+        first,
+        (cols, seq, batch, heads, 1),
+        (row_stride, batch_stride, head_stride, _PLACE_BYTES),
         (panel, rows, 1, 1, 1),
     )
 
@@ -438,7 +460,7 @@ def _problem(problem: Problem, tables: Tables) -> bytes:
         0 if slopes is None or slopes.ndim == 1 else slopes.shape[1],
         0 if problem.sinks is None else address(problem.sinks),
         *_score_tensor(problem.bias),
-        problem.seed,
+        problem.seed if problem.dropout else 0,
         math.floor(problem.dropout * 2**32),
         1 / (1 - problem.dropout),
         *tables.lists,

@@ -161,10 +161,15 @@ class Problem:
         return terms and self.mask is self.packing is None and not self.dropout
 
     @property
+    def has_lengths(self) -> bool:
+        """Whether rows or keys may end before the arrays do."""
+        lengths = self.q_lens is not None or self.kv_lens is not None
+        return lengths or self.packing is not None
+
+    @property
     def reads_no_more(self) -> bool:
         """Whether a kernel reads nothing but q, k and v, and what the host knows."""
-        per_batch = self.q_lens is not None or self.kv_lens is not None
-        alone = self.is_plain and not per_batch
+        alone = self.is_plain and not self.has_lengths
         return alone and (self.offset is None or isinstance(self.offset, int))
 
     @property

@@ -148,23 +148,23 @@ DEVICE void load(const BackwardParamsSm90& p, const Work& work, const Mask& mask
     const i64 stats = workspace_tile(problem, work.batch, walk.head, walk.tiles.current) * kBlockQ;
     if (first) {
       mbarrier_arrive_expect(smem.k_full(), Storage::KTile::kBytes);
-      load_panels(smem.k(), &p.k, smem.k_full(), p.call.k, mask.k_start + first_key, mask.k_end(),
-                  work.head, mask.array_batch());
+      load_panels(smem.k(), &p.k, smem.k_full(), p.call.problem, p.call.k, mask.k_start + first_key,
+                  mask.k_end(), work.head, mask.array_batch());
     }
     mbarrier_wait(smem.q_empty(stage.index), stage.parity ^ 1);
     mbarrier_arrive_expect(smem.q_full(stage.index), Storage::QTile::kBytes + kStatBytes);
-    load_panels(smem.q(stage.index), &p.q, smem.q_full(stage.index), p.call.q,
+    load_panels(smem.q(stage.index), &p.q, smem.q_full(stage.index), p.call.problem, p.call.q,
                 mask.q_start + first_row, mask.q_end(), walk.head, mask.array_batch());
     bulk_load(smem.lse(stage.index), p.call.lse_log2 + stats, kStatBytes, smem.q_full(stage.index));
     if (first) {
       mbarrier_arrive_expect(smem.v_full(), Storage::VTile::kBytes);
-      load_panels(smem.v(), &p.v, smem.v_full(), p.call.v, mask.k_start + first_key, mask.k_end(),
-                  work.head, mask.array_batch());
+      load_panels(smem.v(), &p.v, smem.v_full(), p.call.problem, p.call.v, mask.k_start + first_key,
+                  mask.k_end(), work.head, mask.array_batch());
     }
     mbarrier_wait(smem.dout_empty(stage.index), stage.parity ^ 1);
     mbarrier_arrive_expect(smem.dout_full(stage.index), Storage::DoutTile::kBytes + kStatBytes);
-    load_panels(smem.dout(stage.index), &p.dout, smem.dout_full(stage.index), p.call.dout,
-                mask.q_start + first_row, mask.q_end(), walk.head, mask.array_batch());
+    load_panels(smem.dout(stage.index), &p.dout, smem.dout_full(stage.index), p.call.problem,
+                p.call.dout, mask.q_start + first_row, mask.q_end(), walk.head, mask.array_batch());
     bulk_load(smem.delta(stage.index), p.call.delta + stats, kStatBytes,
               smem.dout_full(stage.index));
     first = false;

@@ -107,10 +107,10 @@ struct Consumer : BackwardConsumer<Storage> {
     named_barrier_sync(kStagingBarrier + index, kWarpgroupThreads);
     if (warpgroup_thread() != 0) return;
     const int first_row = work.tile * kBlockKV + first_key();
-    store_panels(dk_tile, &p.dk, p.call.dk, mask.k_start + first_row, mask.k_end(), work.head,
-                 mask.array_batch());
-    store_panels(dv_tile, &p.dv, p.call.dv, mask.k_start + first_row, mask.k_end(), work.head,
-                 mask.array_batch());
+    store_panels(dk_tile, &p.dk, p.call.problem, p.call.dk, mask.k_start + first_row, mask.k_end(),
+                 work.head, mask.array_batch());
+    store_panels(dv_tile, &p.dv, p.call.problem, p.call.dv, mask.k_start + first_row, mask.k_end(),
+                 work.head, mask.array_batch());
     bulk_commit();
     bulk_wait_read();
   }

@@ -116,11 +116,11 @@ struct Consumer : BackwardConsumer<Storage> {
     named_barrier_sync(kScoresBarrier, kThreads);
     if (warpgroup_thread() != 0) return;
     if (index == 0)
-      store_panels(dk_tile, &p.dk, p.call.dk, mask.k_start + work.tile * kBlockKV, mask.k_end(),
-                   work.head, mask.array_batch());
+      store_panels(dk_tile, &p.dk, p.call.problem, p.call.dk, mask.k_start + work.tile * kBlockKV,
+                   mask.k_end(), work.head, mask.array_batch());
     else
-      store_panels(dv_tile, &p.dv, p.call.dv, mask.k_start + work.tile * kBlockKV, mask.k_end(),
-                   work.head, mask.array_batch());
+      store_panels(dv_tile, &p.dv, p.call.problem, p.call.dv, mask.k_start + work.tile * kBlockKV,
+                   mask.k_end(), work.head, mask.array_batch());
     bulk_commit();
     bulk_wait_read();
   }

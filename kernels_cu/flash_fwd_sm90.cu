@@ -181,7 +181,7 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
       for (int consumer = 0; consumer < kConsumers; consumer++) {
         mbarrier_wait(smem.q_empty(consumer), (list.round + 1) % 2);
         mbarrier_arrive_expect(smem.q_full(consumer), QTile::kBytes);
-        load_panels(smem.q(consumer), &p.q, smem.q_full(consumer), p.call.q,
+        load_panels(smem.q(consumer), &p.q, smem.q_full(consumer), p.call.problem, p.call.q,
                     mask.q_start + first_row + consumer * kWarpgroupRows, mask.q_end(), work.head,
                     mask.array_batch());
       }
@@ -189,14 +189,14 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
     const auto load_k = [&](int tile) {
       mbarrier_wait(smem.k_empty(k_ring), k_ring.phase ^ 1);
       mbarrier_arrive_expect(smem.k_full(k_ring), KTile::kBytes);
-      load_panels(smem.k(k_ring), &p.k, smem.k_full(k_ring), p.call.k,
+      load_panels(smem.k(k_ring), &p.k, smem.k_full(k_ring), p.call.problem, p.call.k,
                   mask.k_start + tile * kBlockKV, mask.k_end(), head_k, mask.array_batch());
       k_ring.advance();
     };
     const auto load_v = [&](int tile) {
       mbarrier_wait(smem.v_empty(v_ring), v_ring.phase ^ 1);
       mbarrier_arrive_expect(smem.v_full(v_ring), VTile::kBytes);
-      load_panels(smem.v(v_ring), &p.v, smem.v_full(v_ring), p.call.v,
+      load_panels(smem.v(v_ring), &p.v, smem.v_full(v_ring), p.call.problem, p.call.v,
                   mask.k_start + tile * kBlockKV, mask.k_end(), head_k, mask.array_batch());
       v_ring.advance();
     };
@@ -473,8 +473,8 @@ struct Consumer {
     fence_proxy_async();
     named_barrier_sync(own_barrier(index), kWarpgroupThreads);
     if (warpgroup_thread() == 0) {
-      store_panels(out_smem, &p.out, p.call.out, mask.q_start + first_row, mask.q_end(), work.head,
-                   mask.array_batch());
+      store_panels(out_smem, &p.out, p.call.problem, p.call.out, mask.q_start + first_row,
+                   mask.q_end(), work.head, mask.array_batch());
       bulk_commit();
       if (kOutOverQ) {
         bulk_wait_read();

@@ -30,42 +30,47 @@ struct Panels {
   DEVICE u32 address(int row, int col) const { return chunk_address(row, col / 8) + col % 8 * 2; }
 };
 
-// Coordinates of a map by which only the first `length` rows of a batch entry exist: kWrap - length
-// rows count as before them, so the row axis, kWrap long, ends with the length. What that adds to
-// the address the last axis takes off again, as its stride times kWrap wraps around 64 bits; the
-// axis of `place` advances by 16 bytes (cuflash/_params.py, row_map).
+// Coordinates in a map, column and head aside (cuflash/_params.py, row_map). Where rows end with
+// the arrays they are row and batch entry. Else a map is such that only the first `length` rows of
+// a batch entry exist: kWrap - length rows count as before them, so the row axis, kWrap long, ends
+// with the length. What that adds to the address the last axis takes off again, as its stride times
+// kWrap wraps around 64 bits; the axis of `place` advances by 16 bytes.
 constexpr int kWrap = 1 << 30;
 struct RowPlace {
-  int row, place;
+  int row, place, wrap;
 
-  DEVICE RowPlace(const Tensor& x, int first_row, int length, int batch)
-      : row(first_row + (kWrap - length)),
-        place((length * x.seq_stride + batch * x.batch_stride) / 8) {}
+  DEVICE RowPlace(const Problem& p, const Tensor& x, int first_row, int length, int batch)
+      : row(first_row), place(batch), wrap(0) {
+    if (!kPacked && !p.q_lens && !p.kv_lens) return;
+    row += kWrap - length;
+    place = (length * x.seq_stride + batch * x.batch_stride) / 8;
+    wrap = kWrap;
+  }
 };
 
 // The tile's rows from first_row on, of which `length` count and the others read as zeros.
 template <class Tile>
-DEVICE void load_panels(const Tile& tile, const TensorMap* map, u32 barrier, const Tensor& x,
-                        int first_row, int length, int head, int batch) {
-  const RowPlace at(x, first_row, length, batch);
+DEVICE void load_panels(const Tile& tile, const TensorMap* map, u32 barrier, const Problem& p,
+                        const Tensor& x, int first_row, int length, int head, int batch) {
+  const RowPlace at(p, x, first_row, length, batch);
 #pragma unroll
   for (int panel = 0; panel < Tile::kCount; panel++)
     tma_load(tile.base + panel * Tile::kPanelBytes, map, barrier, panel * Tile::kPanelCols, at.row,
-             at.place, head, kWrap);
+             at.place, head, at.wrap);
 }
 
 // The tile to the rows from first_row on; those beyond the array are dropped or, where sequences
 // are packed, those beyond `length`, by a map as load_panels has it.
 template <class Tile>
-DEVICE void store_panels(const Tile& tile, const TensorMap* map, const Tensor& x, int first_row,
-                         int length, int head, int batch) {
-  const RowPlace at(x, first_row, length, batch);
+DEVICE void store_panels(const Tile& tile, const TensorMap* map, const Problem& p, const Tensor& x,
+                         int first_row, int length, int head, int batch) {
+  const RowPlace at(p, x, first_row, length, batch);
 #pragma unroll
   for (int panel = 0; panel < Tile::kCount; panel++) {
     const u32 source = tile.base + panel * Tile::kPanelBytes;
     const int col = panel * Tile::kPanelCols;
     if constexpr (kPacked)
-      tma_store(map, source, col, at.row, at.place, head, kWrap);
+      tma_store(map, source, col, at.row, at.place, head, at.wrap);
     else
       tma_store(map, source, col, first_row, head, batch);
   }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,6 +30,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_launches() -> Iterator[None]:
+    """What is kept of launches names its GPU: an emulated one would live on, with its memory."""
+    yield
+    launch = sys.modules.get("cuflash._launch")
+    for kept in ("_forward_launches", "_backward_launches"):
+        getattr(launch, kept, {}).clear()
 
 
 BACKENDS = ("cpu", "emulated-80", "emulated-90", pytest.param("gpu", marks=pytest.mark.gpu))

@@ -556,19 +556,34 @@ def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.Monke
     monkeypatch.setattr(_gpu, "_driver", lambda: driver)
     x = LONG.arrays().k
     row_map, store_map = _params.row_map(x, 112, 64), _params.store_map(x, 64, 32)
-    assert _gpu._encode.__wrapped__(row_map) == bytes([7]) * 128
-    assert _gpu._encode.__wrapped__(store_map) == bytes([7]) * 128
+    load_map = _params.load_map(Problem.create("test", "cuda", x, x, x), x, 112, 64)
+    for tensor_map in (row_map, store_map, load_map):
+        assert _gpu._encode.__wrapped__(tensor_map) == bytes([7]) * 128
     address, row = x.ctypes.data, x.strides[1]
     head, batch = 1 * 128, 1 * 128  # axes of one element
     rows, strides = [64, 1 << 30, 1 << 31, 1, (1 << 30) + 1], [row, 16, head, (1 << 34) - row]
     others = [row, head, batch]
+    plain = [row, batch, head, 16]
     assert seen == [
         [0, 1, 5, address, rows, strides, [64, 112, 1, 1, 1], [1] * 5, 0, 3, 2, 0],
         [0, 1, 4, address, [64, 1000, 1, 1], others, [32, 64, 1, 1], [1] * 4, 0, 2, 2, 0],
+        [0, 1, 5, address, [64, 1000, 1, 1, 1], plain, [64, 112, 1, 1, 1], [1] * 5, 0, 3, 2, 0],
     ]
     driver.status = 1
     with pytest.raises(RuntimeError, match="the driver refuses .*: CUDA error 1"):
         _gpu._encode.__wrapped__(row_map)
+
+
+def test_only_calls_with_lengths_load_by_maps_that_end_with_them() -> None:
+    q, k, v = LONG.arrays()[:3]
+    lengths = np.full(1, 9)
+    for options in ({}, {"causal": True}, {"q_lens": lengths}, {"kv_lens": lengths}):
+        problem = Problem.create("test", "cuda", q, k, v, **options)
+        found = _params.load_map(problem, k, 64, 64)
+        ends = _params.row_map(k, 64, 64)
+        assert (found == ends) == bool({"q_lens", "kv_lens"} & options.keys())
+        assert found == ends or found.extents == (64, 1000, 1, 1, 1)
+        assert found.address == k.ctypes.data
 
 
 def test_a_row_map_ends_with_the_length() -> None:
