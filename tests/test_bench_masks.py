@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -232,14 +233,29 @@ def test_masks_on_the_cpu_leave_a_table_and_a_file(
     assert first["share"] == 1 / 4 and first["flops"] == 2 * 2 * 2 * 8 * 256 * 64
     assert first["tiles"] == {"forward": [32, 32], "backward": [32, 32]}
     assert set(first["results"]) == {"cuflash", "cuflash compiled", "cuflash dense"}
-    times = {name: result["median_ms"] for name, result in first["results"].items()}
-    dense = times["cuflash dense"]
     for name in ("cuflash", "cuflash compiled"):
-        over_share = first["results"][name]["over_share"]
-        assert over_share == pytest.approx(4 * times[name] / dense, rel=1e-3)
-    assert "over_share" not in first["results"]["cuflash dense"]
+        result = first["results"][name]
+        assert result["over_share"] == pytest.approx(4 * result["over_dense"], rel=1e-3)
+    assert not {"over_share", "over_dense"} & first["results"]["cuflash dense"].keys()
     table = capsys.readouterr().out
     assert "| forward | 4 documents of 64 | 256 | 2 | no | 25 % | " in table
+
+
+def test_times_are_held_against_the_dense_one_of_their_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that slows down in the middle changes no ratio."""
+    times = {"cuflash": [1.0, 1.0, 1.0, 9.0, 9.0], "cuflash dense": [2.0, 2.0, 2.0, 18.0, 36.0]}
+    monkeypatch.setattr(bench, "rounds", lambda ready, seconds: times)
+    monkeypatch.setattr(bench, "warm_up", lambda contender: None)
+    cell = Cell("forward", "float32", 1, 256, 2, 8, False, Documents((64,) * 4))
+    ready = SimpleNamespace(preparation_ms=None)
+    factories = dict.fromkeys(times, lambda cell, inputs: ready)
+    row = bench._run_cell(cell, factories, None, seconds=1)
+    bench._add_shares(row, cell, {"forward": Tile(64, 64)})
+    assert row["results"]["cuflash"]["median_ms"] == 1.0
+    assert row["results"]["cuflash"]["over_dense"] == 0.5
+    assert row["results"]["cuflash"]["over_share"] == 2.0
 
 
 def test_the_table_of_masks() -> None:

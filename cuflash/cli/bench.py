@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -22,7 +23,7 @@ from cuflash.cli.gpus import CommandError, require_gpu
 from cuflash.cli.inputs import cpu_inputs, gpu_inputs
 from cuflash.cli.progress import progress, say
 from cuflash.cli.rules import Tile
-from cuflash.cli.timing import measure, warm_up
+from cuflash.cli.timing import rounds, summary, warm_up
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -149,10 +150,15 @@ def _run_cell(
         except Exception as error:
             ready.pop(name, None)
             results[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    for name, timing in (measure(ready, seconds) if ready else {}).items():
+    times = rounds(ready, seconds) if ready else {}
+    for name, ms in times.items():
+        timing = summary(ms)
         flops = cell.dense.flops if name == DENSE else cell.flops
         tflops = flops / timing.median_ms / 1e9
         results[name] = {**dataclasses.asdict(timing), "tflops": float(f"{tflops:.4g}")}
+        if DENSE in times and name != DENSE:  # by round: a busy machine slows both
+            ratios = [x / dense for x, dense in zip(ms, times[DENSE], strict=True)]
+            results[name]["over_dense"] = float(f"{statistics.median(ratios):.4g}")
         if ready[name].preparation_ms is not None:
             results[name]["preparation_ms"] = ready[name].preparation_ms
     problem = dataclasses.asdict(dataclasses.replace(cell, rule=None))
@@ -165,9 +171,8 @@ def _add_shares(row: dict[str, Any], cell: Cell, tiles: dict[str, Tile]) -> None
     results, share = row["results"], cell.share(tiles)
     row |= {"tiles": tiles, "share": share}
     for name in (OURS, COMPILED):
-        times = [results[n].get("median_ms") for n in (name, DENSE)]
-        if all(times) and share:
-            results[name]["over_share"] = float(f"{times[0] / (share * times[1]):.4g}")
+        if "over_dense" in results.get(name, {}) and share:
+            results[name]["over_share"] = float(f"{results[name]['over_dense'] / share:.4g}")
 
 
 def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:

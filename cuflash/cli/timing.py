@@ -84,11 +84,20 @@ def warm_up(contender: Contender) -> float:
 
 def measure(contenders: dict[str, Contender], seconds: float) -> dict[str, Timing]:
     """Time warm contenders in turns for about `seconds` each."""
+    return {name: summary(ms) for name, ms in rounds(contenders, seconds).items()}
+
+
+def summary(ms: list[float]) -> Timing:
+    """Of one contender's times."""
+    return Timing(statistics.median(ms), min(ms), len(ms))
+
+
+def rounds(contenders: dict[str, Contender], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each warm contender, in the rounds in which all took their turns."""
     slowest_ms = max(warm_up(contender) for contender in contenders.values())
     repeats = min(max(int(1e3 * seconds / slowest_ms), MIN_REPEATS), MAX_REPEATS)
     readers: dict[str, list[Callable[[], float]]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, contender in contenders.items():
             readers[name].append(contender.clock.time(contender.call))
-    times = {name: [read() for read in reads] for name, reads in readers.items()}
-    return {name: Timing(statistics.median(ms), min(ms), repeats) for name, ms in times.items()}
+    return {name: [read() for read in reads] for name, reads in readers.items()}
