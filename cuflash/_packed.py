@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cuflash._checks import Array, Check, Sizes, accumulator_dtype, check_layouts
+from cuflash._checks import Array, Check, accumulator_dtype, check_layouts
 from cuflash._problem import GradientProblem, Problem
+from cuflash._sizes import Sizes
 from cuflash.score_mod import ScoreMod, check_score_mod
 
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._checks import Array, Check, Sizes, accumulator_dtype, check_layouts
+from cuflash._checks import Array, Check, accumulator_dtype, check_layouts
 from cuflash._mask_tree import Dense, Mask, ScoresShape
+from cuflash._sizes import Sizes
 from cuflash.score_mod import ScoreMod, check_score_mod
 
 
