@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ _DEVICE_DTYPES = {
     **dict.fromkeys(("q_lens", "kv_lens", "offset"), _INT64),
     **dict.fromkeys(("alibi_slopes", "sinks"), _FLOAT32),
 }
+Found = TypeVar("Found")
 _MAX_KEPT = 4096
 _forward_choices: dict[tuple, _Choice] = {}
 _forward_launches: dict[tuple, _Launch] = {}
@@ -55,13 +57,12 @@ class _Launch(NamedTuple):
 
 def _known_launch(problem: Problem, out: Array, lse: Array, on: Gpu) -> _Launch:
     """Kept by all that it depends on: allocators give the same addresses again and again."""
-    key = (on, *_params.places(problem, out, lse))
-    launch = _forward_launches.get(key)
-    if launch is None:
+
+    def find() -> _Launch:
         choice = _forward_choice(problem, out, on.device)
-        launch = _forward_launch(problem, out, lse, choice, on)
-        _keep(_forward_launches, key, launch)
-    return launch
+        return _forward_launch(problem, out, lse, choice, on)
+
+    return _kept(_forward_launches, (on, *_params.places(problem, out, lse)), find)
 
 
 def _forward_launch(
@@ -113,24 +114,28 @@ class _Choice(NamedTuple):
 def _forward_choice(problem: Problem, out: Array, device: _traits.Device) -> _Choice:
     """Kept by layout: a warm call looks it up."""
     extras = _traits.Extras.of(problem)
-    layout = (device, *_params.layout(problem, out, extras))
-    choice = _forward_choices.get(layout)
-    if choice is None:
+
+    def find() -> _Choice:
         traits = forward_traits(problem, out)
-        choice = _Choice(
+        return _Choice(
             traits,
             _plan.forward_plan(traits, device.capability),
             _plan.heads_per_section(problem, device),
             _plan_sm90.panels(traits),
         )
-        _keep(_forward_choices, layout, choice)
-    return choice
+
+    layout = (device, *_params.layout(problem, out, extras))
+    return _kept(_forward_choices, layout, find)
 
 
-def _keep(kept: dict[tuple, Any], key: tuple, value: Any) -> None:
-    if len(kept) >= _MAX_KEPT:
-        kept.clear()
-    kept[key] = value
+def _kept(kept: dict[tuple, Found], key: tuple, find: Callable[[], Found]) -> Found:
+    """What was found for this key before, or is now."""
+    found = kept.get(key)
+    if found is None:
+        if len(kept) >= _MAX_KEPT:
+            kept.clear()
+        found = kept[key] = find()
+    return found
 
 
 def forward_traits(problem: Problem, out: Array) -> _traits.Traits:
@@ -224,14 +229,13 @@ def _backward_choice(
 ) -> tuple[_traits.Traits, _traits.BackwardPlan]:
     """Kept by layout, as a forward's."""
     extras = _traits.Extras.of(gradient.forward)
-    layout = (device, *_params.gradient_layout(gradient, grads, extras))
-    choice = _backward_choices.get(layout)
-    if choice is None:
+
+    def find() -> tuple[_traits.Traits, _traits.BackwardPlan]:
         traits = backward_traits(gradient, grads)
-        plan = _plan.backward_plan(traits, device.capability, gradient.deterministic)
-        choice = traits, plan
-        _keep(_backward_choices, layout, choice)
-    return choice
+        return traits, _plan.backward_plan(traits, device.capability, gradient.deterministic)
+
+    layout = (device, *_params.gradient_layout(gradient, grads, extras))
+    return _kept(_backward_choices, layout, find)
 
 
 def _known_launches(
@@ -243,11 +247,7 @@ def _known_launches(
 ) -> tuple[_Launch, ...]:
     """Kept by all that they depend on, as a forward's."""
     key = (on, *_params.gradient_places(gradient, grads, workspace))
-    launches = _backward_launches.get(key)
-    if launches is None:
-        launches = _launches(gradient, grads, workspace, plan, on)
-        _keep(_backward_launches, key, launches)
-    return launches
+    return _kept(_backward_launches, key, lambda: _launches(gradient, grads, workspace, plan, on))
 
 
 def _launches(

@@ -43,10 +43,7 @@ class BlockMask:
     @classmethod
     def of(cls, problem: Problem, block: tuple[int, int]) -> BlockMask:
         """Of a call that has a mask, in blocks of (rows, keys)."""
-        shape = tree.ScoresShape(
-            *(problem.batch, problem.heads_q, problem.heads_k),
-            *(problem.seqlen_q, problem.seqlen_k),
-        )
+        shape = problem.scores_shape
         bands = (_tiles.Band.of(problem, batch) for batch in range(problem.batch))
         grid = Grid(shape, np.array([band.offset for band in bands]), block)
         mask = problem.mask

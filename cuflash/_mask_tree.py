@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from cuflash._checks import Array, Check, check_layouts
+from cuflash._sizes import Sizes
 from cuflash.interop import receive
 from cuflash.score_mod import evaluate
 
@@ -26,6 +27,11 @@ class ScoresShape(NamedTuple):
     heads_k: int
     seqlen_q: int
     seqlen_k: int
+
+    @classmethod
+    def of(cls, sizes: Sizes) -> ScoresShape:
+        """Of a problem of these sizes."""
+        return cls(sizes.batch, sizes.heads_q, sizes.heads_k, sizes.seqlen_q, sizes.seqlen_k)
 
     @property
     def scores(self) -> tuple[int, int, int, int]:
@@ -101,10 +107,8 @@ class Mask:
         with receive(function, ("q", "k"), {"q": q, "k": k, "mask": self}) as call:
             q, k, mask = (call.arguments[name] for name in ("q", "k", "mask"))
             layouts = [(x.shape, x.strides, x.dtype) for x in (q, k, k)]
-            check_layouts(function, call.device, *layouts)
-            batch, seqlen_q, heads_q, _ = q.shape
-            shape = ScoresShape(batch, heads_q, k.shape[2], seqlen_q, k.shape[1])
-            mask.check(Check(function, call.device), shape)
+            sizes = check_layouts(function, call.device, *layouts)
+            mask.check(Check(function, call.device), ScoresShape.of(sizes))
             # What the kernels read, so that no call has to convert it.
             mask = call.on_device(mask).map_integers(
                 lambda x: x.astype(np.int64, order="C", copy=False)

@@ -82,17 +82,13 @@ class Problem:
             for name, x in (("q", q), ("k", k), ("v", v)):
                 check.address(name, x, dtype.itemsize)
             check.elements({"bias": bias, "out": out})
-        structures = []
         if mask is not None:
             if not isinstance(mask, Mask):
                 mask = Dense(check.mask(mask, sizes.scores_shape))
-            mask.check(check, _mask_shape(sizes))
-            structures.append(mask)
-        if score_mod is not None:
-            check_score_mod(check, score_mod)
-            structures.append(score_mod)
-        if structures:
-            check.attachments(sum(x.attachments for x in structures))
+            mask.check(check, ScoresShape.of(sizes))
+        check_score_mod(check, score_mod)
+        structures = [x for x in (mask, score_mod) if x is not None]
+        check.attachments(sum(x.attachments for x in structures))
         if out is not None:
             inputs = {"q": q, "k": k, "v": v, "bias": bias, "sinks": sinks}
             inputs |= {"offset": offset, "q_lens": q_lens, "kv_lens": kv_lens}
@@ -134,7 +130,7 @@ class Problem:
     @property
     def scores_shape(self) -> ScoresShape:
         """What a mask is for."""
-        return _mask_shape(self.sizes)
+        return ScoresShape.of(self.sizes)
 
     @property
     def dtype(self) -> np.dtype:
@@ -209,12 +205,6 @@ class Problem:
     @property
     def lse_shape(self) -> tuple[int, int, int]:
         return self.sizes.lse_shape
-
-
-def _mask_shape(sizes: Sizes) -> ScoresShape:
-    return ScoresShape(
-        *(sizes.batch, sizes.heads_q, sizes.heads_k), *(sizes.seqlen_q, sizes.seqlen_k)
-    )
 
 
 class Gradients(NamedTuple):

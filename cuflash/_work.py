@@ -63,8 +63,8 @@ class Work:
         self.k, self.v = (self.by_key_head(x, 1) for x in (problem.k, problem.v))
         self.bias = problem.bias
         if problem.bias is not None:
-            scores_shape = (problem.batch, problem.heads_q, problem.seqlen_q, problem.seqlen_k)
-            self.bias = self.scores_by_key_head(np.broadcast_to(problem.bias, scores_shape))
+            bias = np.broadcast_to(problem.bias, problem.sizes.scores_shape)
+            self.bias = self.scores_by_key_head(bias)
         self.slopes = self.sinks = None  # (B, Hk, group, 1, 1) and (Hk, group, 1), units of log 2
         if problem.alibi_slopes is not None:
             slopes = np.broadcast_to(problem.alibi_slopes, (problem.batch, problem.heads_q))
