@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import register_limits
+from injection import put_in
 
 from cuflash import _jit, _params, _plan, _traits
 
@@ -142,11 +144,50 @@ def check_hopper_kernel(kernel: _traits.Kernel, params_bytes: int) -> None:
     assert cubin.resources.registers * kernel.threads <= 65536, (kernel, cubin.log)
     assert kernel.smem_bytes <= _traits.smem_limit(90)
     assert kernel_params_bytes(cubin.image) == params_bytes
+    check_register_limits(kernel)
     counts = instructions(cubin.image)
     for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
         assert counts.get(wanted, 0) > 0, f"{kernel.source} has no {wanted}"
     for unwanted in ("HMMA", "LDL", "STL"):
         assert counts.get(unwanted, 0) == 0, f"{kernel.source} has {unwanted}"
+
+
+def check_register_limits(kernel: _traits.Kernel) -> None:
+    """The loading warps give registers up, the computing ones get them, and both keep to theirs."""
+    image = _jit.cached_cubin(kernel).image
+    roles = register_limits.roles(run_tool("nvdisasm", image, "-c", "-plr"))
+    assert len({role.limit for role in roles}) == len(roles) == 2, (kernel, roles)
+    for role in roles:
+        assert role.used <= role.limit, (kernel, role)
+
+
+# What stands in a kernel and what takes its place: setmaxnreg is dropped, wholly or in one role.
+LIMIT_BUGS = {
+    "consumers-give-up": ("setmaxnreg_inc<kConsumerRegisters>();", "setmaxnreg_dec<24>();"),
+    "consumers-get-none": ("setmaxnreg_inc<kConsumerRegisters>();", ""),
+    "producers-keep-theirs": ("setmaxnreg_dec<kProducerRegisters>();", ""),
+}
+
+
+@pytest.mark.parametrize("name", LIMIT_BUGS)
+def test_a_role_without_its_registers_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in("flash_fwd_sm90.cu", *LIMIT_BUGS[name], tmp_path, monkeypatch)
+    kernel = _plan.forward_plan(replace(traits(64, 64, "plain"), tma=True), 90).kernel
+    with pytest.raises(AssertionError):
+        check_register_limits(kernel)
+
+
+def test_a_register_over_the_limit_is_noticed() -> None:
+    """The machine code as it is, but for the number in setmaxnreg."""
+    kernel = _plan.forward_plan(replace(traits(64, 64, "plain"), tma=True), 90).kernel
+    text = run_tool("nvdisasm", _jit.cached_cubin(kernel).image, "-c", "-plr")
+    as_it_is = register_limits.roles(text)
+    assert len(as_it_is) == 2
+    for role in as_it_is:
+        smaller = text.replace(f"{role.limit:#x} ;", f"{role.used - 1:#x} ;")
+        assert any(x.used > x.limit for x in register_limits.roles(smaller))
 
 
 def test_notes_of_ptxas_are_read_from_its_log() -> None:

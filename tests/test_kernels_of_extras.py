@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from test_kernels import check_register_limits
 
 from cuflash import _jit, _plan
 from cuflash._problem import Problem
@@ -33,6 +34,8 @@ def check(case: Case, capability: int, most_spilled: int) -> None:
         assert not cubin.resources.notes, cubin.log
         assert cubin.resources.spill_bytes <= most_spilled, (kernel.source, case)
         assert cubin.resources.registers * kernel.threads <= 65536, (kernel.source, case)
+        if capability == 90:
+            check_register_limits(kernel)
 
 
 def test_one_configuration() -> None:
