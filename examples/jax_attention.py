@@ -21,39 +21,59 @@ SHAPE = (2, 300, 4, 64)  # batch, length, heads, head size
 def attention_of(**options):
     """cuflash.attention with these options, which JAX differentiates by its arguments."""
 
-    @jax.custom_vjp
-    def attention(q, k, v, bias=None, sinks=None):
-        return forward(q, k, v, bias, sinks)[0]
+    def attention(q, k, v, bias=None, sinks=None, **arrays):
+        # Of the options, those that are arrays: kv_lens, offset, mask and so on.
+        message = f"{', '.join(arrays)}: a gradient was asked for; expected stop_gradient of them"
+        arrays = refuse_to_differentiate(lambda x: x, message)(arrays)
+        return differentiable(q, k, v, bias, sinks, arrays)
 
-    def forward(q, k, v, bias, sinks):
+    @jax.custom_vjp
+    def differentiable(*arguments):
+        return forward(*arguments)[0]
+
+    def forward(q, k, v, bias, sinks, arrays):
         batch, length, heads, _ = q.shape
         out = jax.ShapeDtypeStruct((batch, length, heads, v.shape[3]), q.dtype)
         lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.promote_types(q.dtype, "float32"))
         function = partial(cuflash.attention, return_lse=True, **options)
-        out, lse = call(function, (out, lse), q, k, v, bias=bias, sinks=sinks)
-        return out, (q, k, v, out, lse, bias, sinks)
+        out, lse = call(function, (out, lse), q, k, v, bias=bias, sinks=sinks, **arrays)
+        return out, (q, k, v, out, lse, bias, sinks, arrays)
 
     def backward(saved, dout):
-        *arrays, bias, sinks = saved
-        like = cuflash.Gradients(*arrays[:3], bias, sinks)
+        *results, bias, sinks, arrays = saved
+        like = cuflash.Gradients(*results[:3], bias, sinks)
         function = partial(cuflash.attention_backward, **options)
-        return tuple(call(function, like, dout, *arrays, bias=bias, sinks=sinks))
+        gradients = call(function, like, dout, *results, bias=bias, sinks=sinks, **arrays)
+        return *gradients, None
 
-    attention.defvjp(forward, backward)
+    differentiable.defvjp(forward, backward)
     return attention
 
 
 def call(function, like, *arrays, **terms):
     """At once; within jit and vmap, where no arrays are yet, on the host when they have come."""
-    if not any(isinstance(x, jax.core.Tracer) for x in (*arrays, *terms.values())):
+    if not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, terms))):
         return function(*arrays, **terms)
 
-    def on_host(*arrays, **terms):
+    def on_host(arrays, terms):
         # To NumPy's: JAX must not be called from a callback.
         arrays, terms = jax.tree.map(np.asarray, (arrays, terms))
         return function(*arrays, **terms)
 
-    return jax.pure_callback(on_host, like, *arrays, vmap_method="sequential", **terms)
+    callback = partial(jax.pure_callback, on_host, like, vmap_method="sequential")
+    message = "a second derivative was asked for, which is not available; expected first ones"
+    return refuse_to_differentiate(callback, message)(arrays, terms)
+
+
+def refuse_to_differentiate(function, message):
+    """The function, with an error where JAX asks for its derivative."""
+    function = jax.custom_jvp(function)
+
+    @function.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError(f"cuflash.attention: {message}")
+
+    return function
 
 
 def jax_attention(q, k, v, bias, sinks):

@@ -8,7 +8,6 @@ This runs on the CPU; on a GPU the same class takes float16 and bfloat16 tensors
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 import cuflash
@@ -18,25 +17,49 @@ SHAPE = (2, 300, 4, 64)  # batch, length, heads, head size
 
 class Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, bias, sinks, options):
-        terms = {"bias": bias, "sinks": sinks, "return_lse": True}
-        out, lse = cuflash.attention(q, k, v, **terms, **options)
-        ctx.save_for_backward(q, k, v, out, lse, bias, sinks)
-        ctx.options = options
-        return out
+    def forward(q, k, v, bias, sinks, options):
+        return cuflash.attention(q, k, v, bias=bias, sinks=sinks, return_lse=True, **options)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        *arrays, bias, sinks = ctx.saved_tensors
+    def setup_context(ctx, inputs, results):
+        *arrays, bias, sinks, ctx.options = inputs
+        ctx.save_for_backward(*arrays, *results, bias, sinks)
+        ctx.mark_non_differentiable(results[1])  # lse
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        options = {"bias_gradient": ctx.needs_input_grad[3], **ctx.options}
         dout = dout.contiguous()  # torch hands over any strides
-        terms = {"bias": bias, "bias_gradient": ctx.needs_input_grad[3], "sinks": sinks}
-        grads = cuflash.attention_backward(dout, *arrays, **terms, **ctx.options)
-        return *grads, None  # dq, dk, dv, dbias, dsinks
+        return *AttentionGradients.apply(dout, *ctx.saved_tensors, options), None
+
+
+class AttentionGradients(torch.autograd.Function):
+    """In torch's graph by itself, so that torch knows of all that the gradients depend on."""
+
+    @staticmethod
+    def forward(dout, q, k, v, out, lse, bias, sinks, options):
+        arrays = (dout, q, k, v, out, lse)
+        return tuple(cuflash.attention_backward(*arrays, bias=bias, sinks=sinks, **options))
+
+    @staticmethod
+    def setup_context(ctx, inputs, results):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "cuflash.attention: a second derivative was asked for, which is not available; "
+            "expected first ones, or a gradient that was detached"
+        )
 
 
 def attention(q, k, v, bias=None, sinks=None, **options):
-    return Attention.apply(q, k, v, bias, sinks, options)
+    for name, x in options.items():
+        if torch.is_grad_enabled() and getattr(x, "requires_grad", False):
+            raise NotImplementedError(
+                f"cuflash.attention: {name} requires grad, and has none; expected {name}.detach()"
+            )
+    return Attention.apply(q, k, v, bias, sinks, options)[0]
 
 
 def torch_attention(

@@ -83,13 +83,116 @@ def test_the_readme_wraps_attention_as_the_example_does(library):
     assert block in source
 
 
-def test_a_second_derivative_of_the_torch_example_is_refused(example):
+SECOND = "^cuflash.attention: a second derivative was asked for, which is not available; expected"
+TERMS = {"q": (1, 3, 2, 4), "k": (1, 3, 2, 4), "v": (1, 3, 2, 4), "bias": (3, 3), "sinks": (2,)}
+
+
+@pytest.fixture
+def torch_inputs():
+    """q, k, v, bias and sinks in float64, which require grad."""
     torch = pytest.importorskip("torch")
-    x = torch.ones(1, 3, 2, 4, requires_grad=True)
-    out = example("torch_attention").attention(x, x, x)
-    (gradient,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    generator = torch.Generator().manual_seed(0)
+    options = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
+    return {name: torch.randn(shape, **options) for name, shape in TERMS.items()}
+
+
+def test_a_second_derivative_that_once_was_dropped(example, torch_inputs):
+    torch = pytest.importorskip("torch")
+    q, k, v, *_ = torch_inputs.values()
+    out = example("torch_attention").attention(q, k, v)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match=SECOND):
+        (out.mean() + dq.square().sum()).backward()
+
+
+@pytest.mark.parametrize("dout_has_graph", [False, True], ids=["dout", "dout with a graph"])
+@pytest.mark.parametrize("second", TERMS)
+@pytest.mark.parametrize("first", TERMS)
+def test_second_derivatives_of_the_torch_example_raise(
+    example, torch_inputs, first, second, dout_has_graph
+):
+    torch = pytest.importorskip("torch")
+    out = example("torch_attention").attention(**torch_inputs)
+    dout = torch.ones_like(out).requires_grad_(dout_has_graph)
+    (gradient,) = torch.autograd.grad(out, torch_inputs[first], dout, create_graph=True)
+    with pytest.raises(NotImplementedError, match=SECOND):
+        torch.autograd.grad(gradient.sum(), torch_inputs[second])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+@pytest.mark.parametrize("only", TERMS)
+def test_second_derivatives_raise_where_one_input_alone_requires_grad(example, torch_inputs, only):
+    inputs = {n: x.detach().requires_grad_(n == only) for n, x in torch_inputs.items()}
+    example("torch_attention").attention(**inputs).square().sum().backward(create_graph=True)
+    gradient = inputs[only].grad
+    inputs[only].grad = None
+    with pytest.raises(NotImplementedError, match=SECOND):
         gradient.sum().backward()
+
+
+def test_a_derivative_by_dout_raises(example, torch_inputs):
+    torch = pytest.importorskip("torch")
+    out = example("torch_attention").attention(**torch_inputs)
+    dout = torch.ones_like(out, requires_grad=True)
+    (dv,) = torch.autograd.grad(out, torch_inputs["v"], dout, create_graph=True)
+    with pytest.raises(NotImplementedError, match=SECOND):
+        torch.autograd.grad(dv.sum(), dout)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+def test_first_derivatives_of_the_torch_example_work_in_every_way(example, torch_inputs):
+    torch = pytest.importorskip("torch")
+    attention, inputs = example("torch_attention").attention, [*torch_inputs.values()]
+
+    def loss(*inputs):
+        return attention(*inputs, causal=True).square().sum()
+
+    value = loss(*inputs)
+    expected = torch.autograd.grad(value, inputs, retain_graph=True)
+    plain = [x.detach() for x in inputs]
+    ways = [torch.autograd.grad(value, inputs, retain_graph=True)]
+    ways += [[x.detach() for x in torch.autograd.grad(value, inputs, create_graph=True)]]
+    ways += [torch.func.grad(loss, tuple(range(5)))(*plain)]
+    ways += [torch.func.vjp(loss, *plain)[1](torch.ones_like(value))]
+    value.backward(create_graph=True)
+    ways += [[x.grad for x in inputs]]
+    for found in ways:
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert torch.autograd.gradcheck(attention, inputs)
+
+
+def test_higher_derivatives_by_torchs_tools_raise(example, torch_inputs):
+    torch = pytest.importorskip("torch")
+    attention, inputs = example("torch_attention").attention, tuple(torch_inputs.values())
+    plain = tuple(x.detach() for x in inputs)
+
+    def loss(*inputs):
+        return attention(*inputs).sum()
+
+    def gradient(*inputs):
+        return torch.func.grad(loss)(*inputs).sum()
+
+    for ask in (
+        lambda: torch.autograd.gradgradcheck(attention, inputs),
+        lambda: torch.autograd.functional.hessian(loss, plain),
+        lambda: torch.func.grad(gradient)(*plain),
+    ):
+        with pytest.raises(NotImplementedError, match=SECOND):
+            ask()
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(attention, plain, plain)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.func.hessian(loss)(*plain)
+
+
+def test_what_has_no_gradient_in_the_torch_example_is_refused(example):
+    torch = pytest.importorskip("torch")
+    attention, x = example("torch_attention").attention, torch.ones(1, 3, 2, 4)
+    slopes = torch.ones(2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="^cuflash.attention: alibi_slopes requires grad"):
+        attention(x, x, x, alibi_slopes=slopes)
+    with torch.no_grad():
+        assert torch.equal(attention(x, x, x, alibi_slopes=slopes), x)
 
 
 @pytest.mark.parametrize("given", [("bias",), ("sinks",), ()], ids=["bias", "sinks", "neither"])
@@ -133,6 +236,110 @@ def test_a_bias_that_vmap_shares_gets_the_sum_of_the_gradients(example):
     found = jax.grad(lambda bias: mapped(x, bias).sum())(bias)
     gradient = jax.grad(lambda bias, x: (x * attention(x, x, x, bias)).sum())
     np.testing.assert_allclose(found, gradient(bias, x[0]) + gradient(bias, x[1]), rtol=1e-5)
+
+
+@pytest.fixture
+def jax_inputs():
+    """q, k, v, bias and sinks."""
+    jax = pytest.importorskip("jax")
+    keys = jax.random.split(jax.random.key(0), len(TERMS))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, TERMS.values(), strict=True)]
+
+
+@pytest.mark.parametrize("second", range(len(TERMS)), ids=TERMS)
+@pytest.mark.parametrize("first", range(len(TERMS)), ids=TERMS)
+def test_second_derivatives_of_the_jax_example_raise(example, jax_inputs, first, second):
+    jax = pytest.importorskip("jax")
+    attention = example("jax_attention").attention_of()
+
+    def gradient(*inputs):
+        return jax.grad(lambda *inputs: attention(*inputs).sum(), first)(*inputs)
+
+    def of_gradient(*inputs):
+        return gradient(*inputs).sum()
+
+    ways = [jax.grad(of_gradient, second)]
+    if first == second:
+        ways += [jax.jit(ways[0]), jax.grad(jax.jit(of_gradient), second)]
+        ways += [jax.jacfwd(gradient, second)]
+    for ask in ways:
+        with pytest.raises(NotImplementedError, match=SECOND):
+            ask(*jax_inputs)
+
+
+def test_other_derivatives_of_the_jax_example(example, jax_inputs):
+    jax = pytest.importorskip("jax")
+    attention = example("jax_attention").attention_of()
+
+    def loss(*inputs):
+        return attention(*inputs).sum()
+
+    with pytest.raises(NotImplementedError, match=SECOND):
+        jax.hessian(loss)(*jax_inputs)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(loss, tuple(jax_inputs), tuple(jax_inputs))
+    expected = jax.grad(loss)(*jax_inputs)
+
+    def with_constant_gradient(q):
+        constant = jax.grad(loss)(jax.lax.stop_gradient(q), *jax_inputs[1:])
+        return loss(q, *jax_inputs[1:]) + constant.sum()
+
+    found = jax.grad(with_constant_gradient)(jax_inputs[0])
+    for same in (found, jax.grad(jax.checkpoint(loss))(*jax_inputs)):
+        np.testing.assert_allclose(same, expected, rtol=1e-6)
+
+
+OPTIONS = {
+    "kv_lens": np.array([2, 3], np.int32),
+    "q_lens": np.array([3, 1], np.int32),
+    "offset": np.array([0, 2], np.int32),
+    "mask": np.arange(9).reshape(3, 3) % 4 != 3,
+    "alibi_slopes": np.array([0.5, 0.25], np.float32),
+}
+
+
+@pytest.mark.parametrize("how", ["at once", "jit", "jit of the loss", "vmap"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_jax_traces(example, name, how):
+    jax = pytest.importorskip("jax")
+    x = np.random.default_rng(0).standard_normal((2, 3, 2, 4)).astype(np.float32)
+    attention = example("jax_attention").attention_of(causal=True)
+
+    def loss(x, option):
+        return attention(x, x, x, **{name: option}).sum()
+
+    gradient = jax.grad(loss)
+    attend = {
+        "at once": gradient,
+        "jit": jax.jit(gradient),
+        "jit of the loss": jax.grad(jax.jit(loss)),
+        "vmap": lambda *given: jax.vmap(gradient)(*(x[None] for x in given))[0],
+    }[how]
+    found = attend(jax.numpy.asarray(x), jax.numpy.asarray(OPTIONS[name]))
+    out, pullback = cuflash.attention_vjp(x, x, x, causal=True, **{name: OPTIONS[name]})
+    expected = sum(pullback(np.ones_like(out))[:3])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    plain, plain_pullback = cuflash.attention_vjp(x, x, x, causal=True)
+    assert not np.allclose(sum(plain_pullback(np.ones_like(plain))[:3]), expected)
+
+
+def test_an_offset_that_jax_traces_is_one_number(example):
+    jax = pytest.importorskip("jax")
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
+    attention = example("jax_attention").attention_of(causal=True)
+    found = jax.jit(lambda offset: attention(x, x, x, offset=offset))(1)
+    np.testing.assert_array_equal(found, cuflash.attention(x, x, x, causal=True, offset=1))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["at once", "jit"])
+def test_what_has_no_gradient_in_the_jax_example_is_refused(example, jit):
+    jax = pytest.importorskip("jax")
+    x, slopes = jax.numpy.ones((1, 3, 2, 4)), jax.numpy.ones(2)
+    attention = example("jax_attention").attention_of()
+    gradient = jax.grad(lambda slopes: attention(x, x, x, alibi_slopes=slopes).sum())
+    message = "^cuflash.attention: alibi_slopes: a gradient was asked for; expected stop_gradient"
+    with pytest.raises(NotImplementedError, match=message):
+        (jax.jit(gradient) if jit else gradient)(slopes)
 
 
 @pytest.mark.parametrize("wrap", ["vmap", "jit of vmap"])
