@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import ml_dtypes
 import numpy as np
 
+from cuflash import _remedies
 from cuflash._overlap import address, overlap, overlaps_itself
 from cuflash._sizes import Sizes
 
@@ -105,18 +106,22 @@ class Check(NamedTuple):
             if array.shape[0] != q.shape[0]:
                 self.fail(
                     ValueError,
-                    f"{name} has batch {array.shape[0]}, q has {q.shape[0]}; expected the same",
+                    f"{name} has batch {array.shape[0]}, q has {q.shape[0]}; expected the same"
+                    + _remedies.batch_of_one(name, array.shape, q.shape),
                 )
         if k.shape[3] != q.shape[3]:
+            hint = " along the last axis" if q.shape[3] in k.shape[1:3] else ""
             self.fail(
-                ValueError, f"k has head size {k.shape[3]}, q has {q.shape[3]}; expected the same"
+                ValueError,
+                f"k has head size {k.shape[3]}, q has {q.shape[3]}; expected the same{hint}",
             )
         if v.shape[1:3] != k.shape[1:3]:
             self.fail(
                 ValueError,
-                f"v has (length, heads) {v.shape[1:3]}, k has {k.shape[1:3]}; expected the same",
+                f"v has (length, heads) {v.shape[1:3]}, k has {k.shape[1:3]}; expected the same"
+                + _remedies.swapped_lengths(k.shape, v.shape),
             )
-        self.heads(q.shape[2], k.shape[2])
+        self.heads(q, k)
         self.head_dim("q", q.shape[3])
         self.head_dim("v", v.shape[3])
         if self.device == "cuda":
@@ -131,7 +136,8 @@ class Check(NamedTuple):
             self.fail(
                 ValueError,
                 f"{name} has {len(array.shape)} axes, shape {array.shape}; "
-                f"expected {expected} axes {axes}",
+                f"expected {expected} axes {axes}"
+                + _remedies.OF_AXES.get((len(array.shape), expected), ""),
             )
 
     def dtype(self, name: str, array: Array | _Layout, supported: tuple[np.dtype, ...]) -> None:
@@ -140,23 +146,29 @@ class Check(NamedTuple):
             names = ", ".join(map(str, supported))
             self.fail(TypeError, f"{name} is {array.dtype}; expected one of {names} {where}")
 
-    def contiguous_last_axis(self, name: str, array: Array | _Layout) -> None:
+    def contiguous_last_axis(
+        self, name: str, array: Array | _Layout, to_write: bool = False
+    ) -> None:
         itemsize = array.dtype.itemsize
         if array.strides[-1] != itemsize and array.shape[-1] > 1 and 0 not in array.shape:
+            # Nobody gets to see what is written to a copy.
+            copy = f", as {name}.copy() has, or {name}.contiguous() in torch"
             self.fail(
                 ValueError,
                 f"{name} has a last axis with a stride of {array.strides[-1]} bytes; "
-                f"expected a contiguous last axis ({itemsize} bytes)",
+                f"expected a contiguous last axis ({itemsize} bytes){'' if to_write else copy}",
             )
 
-    def heads(self, heads_q: int, heads_k: int) -> None:
+    def heads(self, q: _Layout, k: _Layout) -> None:
+        heads_q, heads_k = q.shape[2], k.shape[2]
         if heads_q == heads_k == 0:
             return
         if heads_k == 0 or heads_q % heads_k:
             self.fail(
                 ValueError,
                 f"q has {heads_q} heads, k has {heads_k}; "
-                "expected a number of q heads that is a multiple of k's",
+                "expected a number of q heads that is a multiple of k's"
+                + _remedies.swapped_heads(q.shape, k.shape),
             )
 
     def strides(self, name: str, array: Array | _Layout) -> None:
@@ -214,7 +226,8 @@ class Check(NamedTuple):
 
     def like(self, name: str, array: Array, shape: tuple[int, ...], dtype: np.dtype) -> None:
         if array.shape != shape:
-            self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}")
+            hint = _remedies.view(name, array.shape, shape.__eq__, _remedies.OF_RESULTS, "has")
+            self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}{hint}")
         if array.dtype != dtype:
             self.fail(TypeError, f"{name} is {array.dtype}; expected {dtype}")
 
@@ -240,7 +253,7 @@ class Check(NamedTuple):
         inputs: dict[str, Any],
     ) -> None:
         self.like("out", out, shape, dtype)
-        self.contiguous_last_axis("out", out)
+        self.contiguous_last_axis("out", out, to_write=True)
         if isinstance(out, np.ndarray) and not out.flags.writeable:
             self.fail(ValueError, "out is read-only; expected an array that can be written")
         if overlaps_itself(out):
@@ -356,7 +369,11 @@ class Check(NamedTuple):
     def never_decreasing(self, name: str, array: Array, highest: int) -> None:
         """From 0 to at most `highest`; reads the values."""
         if int(array[0]):
-            self.fail(ValueError, f"{name} starts at {int(array[0])}; expected 0")
+            self.fail(
+                ValueError,
+                f"{name} starts at {int(array[0])}; expected 0, and then the running sums of the "
+                "lengths",
+            )
         falls = array[1:] < array[:-1]
         if falls.any():
             start = int(falls.argmax())
@@ -386,9 +403,15 @@ class Check(NamedTuple):
             found = array.dtype if is_array else type(array).__name__
             self.fail(TypeError, f"{name} is {found}; expected one integer per batch entry")
         if array.shape != (batch,):
+            sums = array.shape == (batch + 1,) and isinstance(array, np.ndarray) and not array[0]
+            hint = (
+                " (sums of lengths go to attention_varlen)"
+                if sums and name.endswith("lens")
+                else ""
+            )
             self.fail(
                 ValueError,
-                f"{name} has shape {array.shape}; expected ({batch},), one per batch entry",
+                f"{name} has shape {array.shape}; expected ({batch},), one per batch entry{hint}",
             )
         self.values_within(name, array, low, high)
         return array.astype(np.int64, copy=False) if isinstance(array, np.ndarray) else array
@@ -409,7 +432,8 @@ class Check(NamedTuple):
 
     def booleans(self, name: str, array: Array) -> None:
         if array.dtype != np.bool_:
-            self.fail(TypeError, f"{name} is {array.dtype}; expected bool (True: attend)")
+            hint = f", as {name.split()[-1]} != 0 is" if array.dtype.kind in "iu" else ""
+            self.fail(TypeError, f"{name} is {array.dtype}; expected bool (True: attend){hint}")
 
     def integers(self, name: str, array: Array, shape: tuple[int, ...]) -> None:
         """An array of integers, of this shape and any values."""
@@ -558,12 +582,12 @@ class Check(NamedTuple):
             )
 
     def broadcastable(self, name: str, array: Array, scores_shape: tuple[int, ...]) -> None:
-        fits = array.ndim <= 4 and all(
-            n in (1, full) for n, full in zip(array.shape[::-1], scores_shape[::-1], strict=False)
-        )
-        if not fits:
-            by_key = array.shape == (scores_shape[0], scores_shape[3])
-            hint = ", as array[:, None, None, :] does" if by_key else ""
+        def fits(shape: tuple[int, ...]) -> bool:
+            pairs = zip(shape[::-1], scores_shape[::-1], strict=False)
+            return len(shape) <= 4 and all(n in (1, full) for n, full in pairs)
+
+        if not fits(array.shape):
+            hint = _remedies.view(name, array.shape, fits, _remedies.OF_SCORES, "does")
             self.fail(
                 ValueError,
                 f"{name} has shape {array.shape}; "

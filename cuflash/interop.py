@@ -19,6 +19,7 @@ import numpy as np
 
 from cuflash import _dlpack
 from cuflash._checks import BFLOAT16, Array, Check
+from cuflash._torch_faults import fault_of, hides_something
 
 Foreign = Any  # an array of the caller's kind
 Checked = TypeVar("Checked")  # a problem: a dataclass that holds arrays by their arguments' names
@@ -236,7 +237,12 @@ class _Torch:
 
     def receive(self, x: Foreign, to_write: bool) -> Array:
         torch = sys.modules["torch"]
-        x = x.detach()  # who differentiates does it by attention_vjp
+        if hides_something(x):
+            raise TypeError("its memory is not all that it is")
+        if to_write:  # so that autograd knows where it needs what was there before
+            torch.autograd.graph.increment_version(x)
+        if x.requires_grad:  # within torch.func even a plain tensor is wrapped by detach
+            x = x.detach()  # who differentiates does it by attention_vjp
         if x.device.type == "cuda":
             return _cupy().from_dlpack(x)
         if x.dtype == torch.bfloat16:
@@ -353,7 +359,7 @@ _REFUSED = {
     ("numpy", "MaskedArray"): "expected a plain array; mask= and kv_lens= say what is not seen",
     ("jax", "Tracer"): (
         "expected a concrete array; jax.custom_vjp lets JAX differentiate the call, and "
-        "jax.pure_callback brings arrays out of a jit, as the README has it"
+        "jax.pure_callback brings arrays out of a jit, as the README has it, options among them"
     ),
 }
 
@@ -434,9 +440,9 @@ def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:
     try:
         return framework.receive(x, to_write=name == "out")
     except Exception as error:  # whatever somebody else's array raises
+        fault = fault_of(x) or f"{type(error).__name__}: {error}"
         raise TypeError(
-            f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: "
-            f"{type(error).__name__}: {error}"
+            f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: {fault}"
         ) from error
 
 

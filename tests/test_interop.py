@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -296,6 +297,147 @@ def test_a_tensor_that_cannot_be_shared() -> None:
     message = "cuflash.attention: q is a torch.Tensor that cannot be shared: .*[Ss]parse"
     with pytest.raises(TypeError, match=message):
         cuflash.attention(q.to_sparse(), k, v)
+
+
+def nested(layout: str) -> Any:
+    torch = pytest.importorskip("torch")
+    parts = [torch.randn(n, HQ, D) for n in (3, 5)]
+    return torch.nested.nested_tensor(parts, layout=getattr(torch, layout))
+
+
+def ones(dtype: str = "float32") -> Any:
+    torch = pytest.importorskip("torch")
+    return torch.ones(SHAPES["q"]).to(getattr(torch, dtype))
+
+
+def quantized() -> Any:
+    torch = pytest.importorskip("torch")
+    with warnings.catch_warnings():  # torch is about to do without them
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(ones(), 0.1, 0, torch.quint8)
+
+
+def fake() -> Any:
+    torch = pytest.importorskip("torch")
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        return torch.ones(SHAPES["q"])
+
+
+FAULTS: dict[str, tuple[Callable[[], Any], str]] = {
+    "jagged": (
+        lambda: nested("jagged"),
+        r"it is nested; expected x.values\(\) by attention_varlen, which takes x.offsets\(\) as",
+    ),
+    "nested": (
+        lambda: nested("strided"),
+        r"it is nested; expected torch.cat\(x.unbind\(\)\) by attention_varlen, with the running",
+    ),
+    "sparse": (
+        lambda: ones().to_sparse(),
+        r"its layout is torch.sparse_coo, .*; expected x.to_dense\(\)",
+    ),
+    "quantized": (quantized, r"it is quantized \(torch.quint8\); expected x.dequantize\(\)"),
+    "float8_e4m3fn": (
+        lambda: ones("float8_e4m3fn"),
+        r"it is torch.float8_e4m3fn; expected numbers of 16 bits or more, as x.to\(torch.bfloat16",
+    ),
+    "float8_e5m2": (
+        lambda: ones("float8_e5m2"),
+        r"it is torch.float8_e5m2; expected numbers of 16 bits or more, as x.to\(torch.bfloat16",
+    ),
+    "conjugate": (
+        lambda: ones("cfloat").conj(),
+        "it is a conjugate that was not computed; expected real numbers",
+    ),
+    "negative": (
+        lambda: ones("cfloat").conj().imag,
+        r"it is a negative that was not computed; expected x.resolve_neg\(\)",
+    ),
+    "fake": (
+        fake,
+        "it is a FakeTensor, which stands for other tensors; expected a plain one",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tensors_that_are_not_their_memory(fault: str) -> None:
+    make, message = FAULTS[fault]
+    x = make()
+    with pytest.raises(TypeError, match=f"^cuflash.attention: q is a .* be shared: {message}"):
+        cuflash.attention(x, x, x)
+    q = torch_kind().make(tensors()["q"])
+    with pytest.raises(TypeError, match=f"^cuflash.merge: .* be shared: {message}"):
+        cuflash.merge([q, x], [q, q])
+
+
+def test_a_jagged_tensor_goes_to_varlen() -> None:
+    x = nested("jagged")
+    offsets = x.offsets()
+    out = cuflash.attention_varlen(*[x.values()] * 3, offsets, offsets, causal=True)
+    for part, start, end in zip(x.unbind(), offsets[:-1], offsets[1:], strict=True):
+        expected = cuflash.attention(*[part[None]] * 3, causal=True)[0]
+        np.testing.assert_allclose(out[start:end], expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:cuflash.* requires grad:UserWarning")
+def test_torch_func_is_told_of_the_wrapper() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = map(torch_kind().make, tensors().values())
+    mapped = r"torch.vmap maps it; expected a plain tensor .*: x.flatten\(0, 1\)\)$"
+    differentiated = "torch.func differentiates the call; expected it in a torch.autograd.Function"
+    for ask, name, message in (
+        (lambda: torch.vmap(cuflash.attention, (0, None, None))(q[None], k, v), "q", mapped),
+        (lambda: torch.vmap(cuflash.attention, (None, 0, None))(q, k[None], v), "k", mapped),
+        (
+            lambda: torch.func.grad(lambda q: cuflash.attention(q, k, v).sum())(q),
+            "q",
+            differentiated,
+        ),
+        (lambda: torch.func.vjp(lambda k: cuflash.attention(q, k, v), k), "q", differentiated),
+        (lambda: torch.func.jacrev(lambda q: cuflash.attention(q, k, v))(q), "q", differentiated),
+        (
+            lambda: torch.func.jvp(lambda q: cuflash.attention(q, k, v), (q,), (q,)),
+            "q",
+            differentiated,
+        ),
+        (
+            lambda: torch.func.functionalize(lambda q: cuflash.attention(q, k, v))(q),
+            "q",
+            "torch.func.functionalize wraps it; expected a call outside of it",
+        ),
+    ):
+        message = f"^cuflash.attention: {name} is a torch.Tensor that cannot be shared: {message}"
+        with pytest.raises(TypeError, match=message):
+            ask()
+    by_entry = torch.vmap(lambda weight: weight * cuflash.attention(q, k, v))(torch.arange(2.0))
+    assert torch.equal(by_entry[1], cuflash.attention(q, k, v))  # what is not mapped may be in it
+
+
+def test_a_tangent_is_not_lost() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = map(torch_kind().make, tensors().values())
+    forward_ad = torch.autograd.forward_ad
+    message = "^cuflash.attention: k is a .* shared: it has a tangent of forward mode, which there"
+    with forward_ad.dual_level():
+        assert torch.equal(cuflash.attention(q, k, v), cuflash.attention(q, k, v))
+        with pytest.raises(TypeError, match=message):
+            cuflash.attention(q, forward_ad.make_dual(k, k), v)
+        with torch.no_grad(), pytest.raises(TypeError, match=message):
+            cuflash.attention(q, forward_ad.make_dual(k, k), v)
+
+
+def test_autograd_notices_what_is_written_to_out() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = map(torch_kind().make, tensors().values())
+    out, weight = torch.ones(OUT), torch.ones(OUT, requires_grad=True)
+    loss = (weight * out).sum()
+    cuflash.attention(q, k, v, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        cuflash.attention(q, k, v, out=torch.ones(OUT))
 
 
 # JAX

@@ -185,12 +185,13 @@ class Tensor:
 
     __module__ = "torch"
     device = type("device", (), {"type": "cuda", "__str__": lambda self: "cuda:1"})()
+    requires_grad = False
 
     def __init__(self, array: Any) -> None:
         self.array = array
 
-    def detach(self) -> Tensor:
-        return self
+    def is_neg(self) -> bool:
+        return False
 
 
 def test_torch_runs_on_its_current_stream(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +201,8 @@ def test_torch_runs_on_its_current_stream(gpu: FakeGpu, monkeypatch: pytest.Monk
         ),
         from_dlpack=lambda array: f"torch {array}",
         is_grad_enabled=lambda: False,
+        _is_functional_tensor=lambda tensor: False,
+        autograd=SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1)),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     assert cuflash.attention(*map(Tensor, unreal_tensors().values())) == "torch out"

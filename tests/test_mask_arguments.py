@@ -301,7 +301,7 @@ WITH_A_PROBLEM: dict[str, tuple[Mask, type[Exception], str]] = {
     "dense-dtype": (
         masks.dense(np.ones((SQ, SK), np.uint8)),
         TypeError,
-        "dense) array is uint8; expected bool (True: attend)",
+        "dense) array is uint8; expected bool (True: attend), as array != 0 is",
     ),
     "expression-without-function": (
         masks.expression("true"),

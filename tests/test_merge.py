@@ -233,7 +233,8 @@ def test_cupy_in_cupy_out(dtype: Any) -> None:
             [np.zeros(LSE)] * B,
             ValueError,
             f"outs[0] has 3 axes, shape {OUT[1:]}; "
-            "expected 4 axes (batch, length, heads, head size)",
+            "expected 4 axes (batch, length, heads, head size); x[None] is a batch of one, and "
+            "attention_varlen takes packed sequences",
         ),
         (
             [np.zeros(OUT), np.zeros((B, S, H, 5))],
@@ -245,7 +246,7 @@ def test_cupy_in_cupy_out(dtype: Any) -> None:
             [np.zeros(OUT)] * 2,
             [np.zeros(LSE), np.zeros((B, S, H))],
             ValueError,
-            f"lses[1] has shape {(B, S, H)}; expected {LSE}",
+            f"lses[1] has shape {(B, S, H)}; expected {LSE}, as lses[1].swapaxes(-2, -1) has",
         ),
         (
             [np.zeros(OUT), np.zeros(OUT, "f4")],

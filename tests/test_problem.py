@@ -151,13 +151,17 @@ def test_masks_and_biases_broadcast(shape: tuple[int, ...]) -> None:
 # q, k, v
 
 
+SWAP = "; pass x.swapaxes(-3, -2) of arrays with the axes (heads, length, head size)"
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
         (
             "q",
             (SQ, HQ, D),
-            "q has 3 axes, shape (5, 4, 8); expected 4 axes (batch, length, heads, head size)",
+            "q has 3 axes, shape (5, 4, 8); expected 4 axes (batch, length, heads, head size); "
+            "x[None] is a batch of one, and attention_varlen takes packed sequences",
         ),
         (
             "v",
@@ -166,10 +170,31 @@ def test_masks_and_biases_broadcast(shape: tuple[int, ...]) -> None:
             "expected 4 axes (batch, length, heads, head size)",
         ),
         ("k", (3, SK, HK, D), "k has batch 3, q has 2; expected the same"),
-        ("v", (1, SK, HK, DV), "v has batch 1, q has 2; expected the same"),
+        (
+            "v",
+            (1, SK, HK, DV),
+            "v has batch 1, q has 2; expected the same, as broadcast_to(v, (2, 7, 2, 6)) has, or "
+            "v.expand(2, 7, 2, 6) in torch",
+        ),
+        (
+            "q",
+            (1, SQ, HQ, D),
+            "k has batch 2, q has 1; expected the same, as broadcast_to(q, (2, 5, 4, 8)) has, or "
+            "q.expand(2, 5, 4, 8) in torch",
+        ),
         ("k", (B, SK, HK, 9), "k has head size 9, q has 8; expected the same"),
+        (
+            "k",
+            (B, HK, D, SK),
+            "k has head size 7, q has 8; expected the same along the last axis",
+        ),
         ("v", (B, 6, HK, DV), "v has (length, heads) (6, 2), k has (7, 2); expected the same"),
         ("v", (B, SK, 4, DV), "v has (length, heads) (7, 4), k has (7, 2); expected the same"),
+        (
+            "v",
+            (B, HK, SK, DV),
+            f"v has (length, heads) (2, 7), k has (7, 2); expected the same{SWAP}",
+        ),
         (
             "q",
             (B, SQ, 3, D),
@@ -181,6 +206,15 @@ def test_masks_and_biases_broadcast(shape: tuple[int, ...]) -> None:
 def test_wrong_shape(make: Maker, name: str, shape: tuple[int, ...], message: str) -> None:
     with refused(ValueError, message):
         make.problem(**{name: make(shape)})
+
+
+@pytest.mark.parametrize(
+    ("shape_q", "shape_k"), [(SHAPES["q"], (B, HK, SK, D)), ((B, HQ, SQ, D), (B, HK, SK, D))]
+)
+def test_heads_before_lengths(make: Maker, shape_q: Any, shape_k: Any) -> None:
+    message = "expected a number of q heads that is a multiple of k's"
+    with refused(ValueError, f"q has {shape_q[2]} heads, k has {SK}; {message}{SWAP}"):
+        make.problem(q=make(shape_q), k=make(shape_k), v=make(shape_k))
 
 
 def test_head_size_zero(make: Maker) -> None:
@@ -231,7 +265,8 @@ def test_mixed_dtypes(make: Maker, name: str) -> None:
 def test_last_axis_with_a_stride(make: Maker, name: str) -> None:
     *axes, size = SHAPES[name]
     message = "has a last axis with a stride of 4 bytes; expected a contiguous last axis (2 bytes)"
-    with refused(ValueError, f"{name} {message}"):
+    remedy = f", as {name}.copy() has, or {name}.contiguous() in torch"
+    with refused(ValueError, f"{name} {message}{remedy}"):
         make.problem(**{name: make((*axes, 2 * size))[..., ::2]})
 
 
@@ -371,6 +406,12 @@ def test_bad_lengths(
         make.problem(**{name: lengths})
 
 
+def test_sums_of_lengths_for_lengths() -> None:
+    expected = "expected (2,), one per batch entry (sums of lengths go to attention_varlen)"
+    with refused(ValueError, f"kv_lens has shape (3,); {expected}"):
+        Maker("cpu").problem(kv_lens=np.array([0, 3, 5]))
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [((3,), np.int32), ((), np.int32)])
 def test_bad_lengths_on_the_device(shape: tuple[int, ...], dtype: Any) -> None:
     make = Maker("cuda")
@@ -394,7 +435,7 @@ def test_a_mask_of_numbers(dtype: np.dtype) -> None:
 
 
 def test_a_mask_of_integers() -> None:
-    with refused(TypeError, "mask is uint8; expected bool (True: attend)"):
+    with refused(TypeError, "mask is uint8; expected bool (True: attend), as mask != 0 is"):
         Maker("cpu").problem(mask=np.zeros((SQ, SK), np.uint8))
 
 
@@ -416,15 +457,33 @@ def test_bias_dtype(dtype: Any, bias_dtype: Any, expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mask", "bias"])
-@pytest.mark.parametrize("shape", [(SQ, SK + 1), (2, SQ, SK), (1, 1, 1, SQ, SK), (SK, SQ)])
-def test_not_broadcastable(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "remedy"),
+    [
+        ((SQ, SK + 1), ""),
+        ((1, 1, 1, SQ, SK), ""),
+        ((B, SK), "[:, None, None, :]"),
+        ((HQ, SK), "[:, None]"),
+        ((B, SQ, SK), "[:, None]"),
+        ((B, 1, SK), "[:, None]"),
+        ((B, SQ, HQ, SK), ".swapaxes(1, 2)"),
+        ((B, SQ, 1, SK), ".swapaxes(1, 2)"),
+        ((SK, SQ), ".swapaxes(-2, -1)"),
+        ((B, HQ, SK, SQ), ".swapaxes(-2, -1)"),
+    ],
+)
+def test_not_broadcastable(name: str, shape: tuple[int, ...], remedy: str) -> None:
     dtype = bool if name == "mask" else np.float32
     message = (
         f"{name} has shape {shape}; "
         f"expected one that broadcasts to (batch, q heads, Sq, Sk) = {(B, HQ, SQ, SK)}"
     )
+    message += f", as {name}{remedy} does" if remedy else ""
+    array = np.zeros(shape, dtype)
     with refused(ValueError, message):
-        Maker("cpu").problem(**{name: np.zeros(shape, dtype)})
+        Maker("cpu").problem(**{name: array})
+    if remedy:
+        Maker("cpu").problem(**{name: eval(f"array{remedy}", {"array": array})})
 
 
 # out

@@ -453,9 +453,10 @@ def bad(error: type[Exception], message: str, function: str = "attention_varlen"
     return pytest.raises(error, match=f"^cuflash.{function}: {re.escape(message)}$")
 
 
+FROM_0 = "expected 0, and then the running sums of the lengths"
 BAD_SEQLENS = [
-    ([1, 40, 80], ValueError, "starts at 1; expected 0"),
-    ([-1, 40, 80], ValueError, "starts at -1; expected 0"),
+    ([1, 40, 80], ValueError, f"starts at 1; {FROM_0}"),
+    ([-1, 40, 80], ValueError, f"starts at -1; {FROM_0}"),
     (
         [0, 50, 40],
         ValueError,
@@ -498,7 +499,8 @@ def test_bad_cu_seqlens(name: str, values: Any, error: type[Exception], message:
         (
             {"q": np.zeros((1, 80, HQ, D))},
             ValueError,
-            "q has 4 axes, shape (1, 80, 4, 8); expected 3 axes (tokens, heads, head size)",
+            "q has 4 axes, shape (1, 80, 4, 8); expected 3 axes (tokens, heads, head size); "
+            "attention takes batches",
         ),
         (
             {"k": np.zeros((80, 3, D)), "v": np.zeros((80, 3, DV))},
@@ -535,7 +537,8 @@ def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message:
 def test_bad_results_in_backward() -> None:
     x = Packed(LENGTHS["equal"])
     out, lse = cuflash.attention_varlen(x.q, x.k, x.v, *x.cu_seqlens, return_lse=True)
-    with bad(ValueError, "lse has shape (80, 4); expected (4, 80)", "attention_varlen_backward"):
+    expected = "expected (4, 80), as lse.swapaxes(-2, -1) has"
+    with bad(ValueError, f"lse has shape (80, 4); {expected}", "attention_varlen_backward"):
         cuflash.attention_varlen_backward(x.dout, x.q, x.k, x.v, *x.cu_seqlens, out, lse.T)
 
 
