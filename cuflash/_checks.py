@@ -214,6 +214,17 @@ class Check(NamedTuple):
                     f"q and k have {what} = {found}; expected at most {MAX_INDEX} on a GPU",
                 )
 
+    def packed_blocks(self, sizes: Sizes, sequences: int) -> None:
+        """A launch has a block for each tile of tokens and one more for each sequence."""
+        tokens = max(sizes.seqlen_q, sizes.seqlen_k)
+        blocks = sizes.heads_q * (tokens // SMALLEST_TILE + 1 + sequences)
+        if blocks > MAX_INDEX:
+            self.fail(
+                NotImplementedError,
+                f"cu_seqlens_q has {sequences} sequences, which makes Hq * (T / {SMALLEST_TILE} + "
+                f"sequences) = {blocks}; expected at most {MAX_INDEX} on a GPU: split the call",
+            )
+
     def head_dim(self, name: str, size: int) -> None:
         if size < 1:
             self.fail(ValueError, f"{name} has head size 0; expected at least 1")

@@ -16,11 +16,11 @@ from cupy.cuda import driver, runtime
 from cuflash import _jit, _params, _traits
 from cuflash._problem import Array
 
-# cuda.h: CUtensorMap's alignment and, of its enumerations, ..._UINT16, ..._INTERLEAVE_NONE,
+# Of cuda.h's enumerations of tensor maps: ..._UINT16, ..._INTERLEAVE_NONE,
 # ..._L2_PROMOTION_L2_128B, ..._FLOAT_OOB_FILL_NONE, ..._SWIZZLE_64B and 128B.
-_TENSOR_MAP_ALIGNMENT = 64
 _UINT16, _NO_INTERLEAVE, _L2_128_BYTES, _ZEROS_OUTSIDE = 1, 0, 2, 0
 _SWIZZLES = {64: 2, 128: 3}
+_MAX_BLOCKS = 2**31 - 1  # of a grid's first axis
 
 
 class Gpu:
@@ -50,10 +50,6 @@ class Gpu:
         """Cleared memory, in order with the current stream."""
         return cupy.zeros(shape, dtype)
 
-    def as_contiguous(self, array: Array, dtype: np.dtype) -> Array:
-        """The array itself, or a copy in that dtype."""
-        return cupy.ascontiguousarray(array, dtype=dtype)
-
     def encode(self, tensor_map: _params.TensorMap) -> bytes:
         """A CUtensorMap."""
         return _encode(tensor_map)
@@ -63,6 +59,11 @@ class Gpu:
         if self.noted is not None:
             self.noted.append(kernel)
             return
+        if blocks > _MAX_BLOCKS:
+            raise NotImplementedError(
+                f"cuflash: {kernel.source} would take {blocks} blocks; expected at most "
+                f"{_MAX_BLOCKS}, as a GPU launches: split the call by batch entries or heads"
+            )
         function = _jit.load(kernel, self._device_id).function_pointer
         block = ctypes.create_string_buffer(params, len(params))
         pointers = ctypes.c_void_p(ctypes.addressof(block))
@@ -104,9 +105,9 @@ def gpu(device_id: int) -> Gpu:
 @lru_cache(maxsize=4096)
 def _encode(tensor_map: _params.TensorMap) -> bytes:
     """A CUtensorMap, by the driver, which wants it aligned: no Python object's memory is."""
-    memory = ctypes.create_string_buffer(_params.TENSOR_MAP_BYTES + _TENSOR_MAP_ALIGNMENT)
+    memory = ctypes.create_string_buffer(2 * _params.TENSOR_MAP_BYTES)
     first = ctypes.addressof(memory)
-    encoded = first + -first % _TENSOR_MAP_ALIGNMENT
+    encoded = first + -first % _params.TENSOR_MAP_BYTES
     rank = len(tensor_map.extents)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(encoded),

@@ -97,7 +97,8 @@ def load(kernel: Kernel, device_id: int) -> Function:
     """
     cupy = import_cupy()
     cubin = cached_cubin(kernel)
-    with cupy.cuda.Device(device_id):
+    with cupy.cuda.Device(device_id) as device:
+        device.use()  # binds its context to this thread, which `with` alone may leave without one
         try:
             function = _load_function(cupy, cubin, kernel.entry)
         except cupy.cuda.driver.CUDADriverError as error:

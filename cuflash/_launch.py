@@ -10,8 +10,9 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from cuflash import _classify, _params, _plan, _plan_sm90, _traits
+from cuflash._convert import as_contiguous
 from cuflash._gpu import Gpu, gpu
-from cuflash._packed_tiles import packing_tables
+from cuflash._packed_tiles import fill_rest, packing_tables
 from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
 from cuflash._term_gradients import RowStats, bias_gradient, sink_gradient
 
@@ -40,11 +41,10 @@ def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
         return out, lse
 
     problem = _with_device_arrays(problem, on)
-    if problem.packing is not None:  # tokens of no sequence
-        out[...] = 0
-        lse[...] = -np.inf
     choice = _forward_choice(problem, out, on.device)
     tables = _tables(problem, choice.traits, choice.plan.tiling, on, of_keys=False)
+    if problem.packing is not None:
+        fill_rest(problem, out, lse, tables, on)
     _run(on, *_forward_launch(problem, out, lse, choice, on, tables))
     return out, lse
 
@@ -96,10 +96,10 @@ def _forward_launch(
 def backward_traits(gradient: GradientProblem, grads: tuple[Array, Array, Array]) -> _traits.Traits:
     """What selects the kernels of a backward pass into `grads`."""
     problem = gradient.forward
-    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "dout": gradient.dout}
-    arrays |= {"dk": grads[1], "dv": grads[2]}
-    alignment = _params.alignment(*arrays.values(), gradient.out, grads[0])
-    return _traits.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
+    loaded = {"q": problem.q, "k": problem.k, "v": problem.v, "dout": gradient.dout}
+    alignment = _params.alignment(*loaded.values(), gradient.out, *grads)
+    obstacle = _obstacle(problem, loaded, {"dk": grads[1], "dv": grads[2]})
+    return _traits.Traits.of(problem, alignment, tma=not obstacle)
 
 
 class _Choice(NamedTuple):
@@ -140,9 +140,8 @@ def _kept(kept: dict[tuple, Found], key: tuple, find: Callable[[], Found]) -> Fo
 
 def forward_traits(problem: Problem, out: Array) -> _traits.Traits:
     """What selects the kernel of a forward pass into `out`."""
-    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
-    alignment = _params.alignment(*arrays.values())
-    return _traits.Traits.of(problem, alignment, tma=not _obstacle(problem, arrays))
+    alignment = _params.alignment(problem.q, problem.k, problem.v, out)
+    return _traits.Traits.of(problem, alignment, tma=not _forward_obstacle(problem, out))
 
 
 def explain(problem: Problem, on: Gpu | None = None) -> tuple[_traits.ForwardPlan, str, str]:
@@ -155,8 +154,7 @@ def explain(problem: Problem, on: Gpu | None = None) -> tuple[_traits.ForwardPla
         return plan, "a Hopper GPU, and TMA can move q, k, v and out", backward
     if _traits.backend_of(on.device.capability, tma=True) == "sm80":
         return plan, f"the GPU is {on.device.arch}, not Hopper (sm_90)", backward
-    arrays = {"q": problem.q, "k": problem.k, "v": problem.v, "out": out}
-    return plan, f"a Hopper GPU, but {_obstacle(problem, arrays)}", backward
+    return plan, f"a Hopper GPU, but {_forward_obstacle(problem, out)}", backward
 
 
 def _backward_source(problem: Problem, out: Array, capability: int) -> str:
@@ -177,11 +175,16 @@ def _unread(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
-def _obstacle(problem: Problem, arrays: dict[str, Array]) -> str:
+def _forward_obstacle(problem: Problem, out: Array) -> str:
+    """As `_obstacle`, of a forward pass into `out`."""
+    return _obstacle(problem, {"q": problem.q, "k": problem.k, "v": problem.v}, {"out": out})
+
+
+def _obstacle(problem: Problem, loaded: dict[str, Array], stored: dict[str, Array]) -> str:
     """Why Hopper's kernels do not serve these arrays; empty where they do."""
     if _plan_sm90.few_queries(problem):
         return f"{problem.seqlen_q} queries do not fill a tile of its kernels"
-    return _params.tma_obstacle(arrays)
+    return _params.tma_obstacle(loaded, stored)
 
 
 def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
@@ -314,17 +317,17 @@ def _with_device_arrays(problem: Problem, on: Gpu) -> Problem:
     for name, dtype in _DEVICE_DTYPES.items():
         x = getattr(problem, name)
         if x is not None and not isinstance(x, int):
-            changes[name] = on.as_contiguous(x, dtype)
+            changes[name] = as_contiguous(x, dtype, on)
     if problem.packing is not None:
-        edges = (on.as_contiguous(x, _INT64) for x in problem.packing)
+        edges = (as_contiguous(x, _INT64, on) for x in problem.packing)
         changes["packing"] = Packing(*edges)
     if problem.mask is not None:
-        changes["mask"] = problem.mask.map_integers(lambda x: on.as_contiguous(x, _INT64))
+        changes["mask"] = problem.mask.map_integers(lambda x: as_contiguous(x, _INT64, on))
     return replace(problem, **changes) if changes else problem
 
 
 def _with_contiguous_stats(gradient: GradientProblem, problem: Problem, on: Gpu) -> GradientProblem:
     """The kernels read lse and dlse as contiguous float32."""
-    dlse = None if gradient.dlse is None else on.as_contiguous(gradient.dlse, _FLOAT32)
-    lse = on.as_contiguous(gradient.lse, _FLOAT32)
+    dlse = None if gradient.dlse is None else as_contiguous(gradient.dlse, _FLOAT32, on)
+    lse = as_contiguous(gradient.lse, _FLOAT32, on)
     return replace(gradient, forward=problem, lse=lse, dlse=dlse)

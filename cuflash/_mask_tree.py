@@ -110,9 +110,7 @@ class Mask:
             sizes = check_layouts(function, call.device, *layouts)
             mask.check(Check(function, call.device), ScoresShape.of(sizes))
             # What the kernels read, so that no call has to convert it.
-            mask = call.on_device(mask).map_integers(
-                lambda x: x.astype(np.int64, order="C", copy=False)
-            )
+            mask = call.on_device(mask).map_integers(call.contiguous_integers)
             call.wait()  # calls on other streams read these arrays without asking
             return Compiled(mask.inner if isinstance(mask, Compiled) else mask, {})
 

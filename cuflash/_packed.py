@@ -74,6 +74,8 @@ class PackedProblem:
         cu_seqlens_k = check.cu_seqlens("cu_seqlens_k", cu_seqlens_k, tokens_k)
         check.same_batch(cu_seqlens_q, cu_seqlens_k)
         batch = cu_seqlens_q.shape[0] - 1
+        if device == "cuda":
+            check.packed_blocks(sizes, batch)
         check_score_mod(check, score_mod)
         check.attachments(0 if score_mod is None else score_mod.attachments)
         if out is not None:

@@ -1,4 +1,4 @@
-"""The tables of packed sequences' tiles, made on the GPU that the lengths are on."""
+"""The tables of packed sequences' tiles, made on the GPU that the lengths are on, and the rest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from cuflash import _params, _plan_small, _traits
 from cuflash._gpu import Gpu
-from cuflash._params import PackingTables
+from cuflash._params import PackingTables, Tables
 from cuflash._problem import Array, Problem
 
 
@@ -28,6 +28,12 @@ def packing_tables(
         key_tile_count=keys[2].shape[0],
     )
     return fields, (*queries, *keys)
+
+
+def fill_rest(problem: Problem, out: Array, lse: Array, tables: Tables, on: Gpu) -> None:
+    """0 and -inf to the tokens of no sequence, which the main kernel passes over."""
+    kernel = _plan_small.packed_rest_kernel(on.device.capability)
+    on.run(kernel, on.device.sms, _params.pack_packed_rest(problem, out, lse, tables))
 
 
 def _tables(

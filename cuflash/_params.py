@@ -19,11 +19,13 @@ _MASK_TILES = Struct("Q4i")
 _MASK_LISTS = Struct("3Q3q4i")
 _MASK_BITS = Struct("Q4qQ4i")
 _PACKED_TILES = Struct("4Q6i")
+_PACKED_REST = Struct("Q" + _TENSOR + "Q4i")
+_CONVERT = Struct("Q4qQ4q")
 _ROW_STATS = "2Qq2i"
 _BIAS_GRADIENT = Struct(4 * _TENSOR + _ROW_STATS + "Q2qQ" + "6i")
 _BIAS_SUM = Struct("2Q2q")
 _SINK_GRADIENT = Struct(_ROW_STATS + "Q")
-TENSOR_MAP_BYTES = 128  # of a CUtensorMap
+TENSOR_MAP_BYTES = 128  # of a CUtensorMap, and what its address is a multiple of
 PROBLEM_BYTES = _PROBLEM.size
 FORWARD_BYTES = PROBLEM_BYTES + _FORWARD.size
 BACKWARD_BYTES = PROBLEM_BYTES + _BACKWARD.size
@@ -31,17 +33,19 @@ MASK_TILES_BYTES = PROBLEM_BYTES + _MASK_TILES.size
 MASK_LISTS_BYTES = _MASK_LISTS.size
 MASK_BITS_BYTES = _MASK_BITS.size
 PACKED_TILES_BYTES = _PACKED_TILES.size
+PACKED_REST_BYTES = _PACKED_REST.size
+CONVERT_BYTES = _CONVERT.size
 BIAS_GRADIENT_BYTES = PROBLEM_BYTES + _BIAS_GRADIENT.size
 BIAS_SUM_BYTES = _BIAS_SUM.size
 SINK_GRADIENT_BYTES = PROBLEM_BYTES + _SINK_GRADIENT.size
-FORWARD_SM90_BYTES = 4 * TENSOR_MAP_BYTES + -(-FORWARD_BYTES // 64) * 64
-BACKWARD_SM90_BYTES = 6 * TENSOR_MAP_BYTES + -(-BACKWARD_BYTES // 64) * 64
+FORWARD_MAPS, BACKWARD_MAPS = 4, 6  # tensor maps before ForwardParams, before BackwardParams
 
 # Beyond any offset and length, and far enough from the ends of 64 bits to be added to them.
 _UNBOUNDED = 1 << 61
 _TMA_STRIDE_LIMIT = 1 << 40
 _WRAP = 1 << 30  # of panels.cuh
-_PLACES, _PLACE_BYTES = 1 << 31, 16
+_PLACES, _PLACE_BYTES = 0x7FFF0000, 16  # coordinates are signed: well below 2^31
+_CHUNK_BYTES = 16  # in which TMA stores
 _WARPGROUP_ROWS = 64
 _LOG2_E = math.log2(math.e)
 
@@ -191,6 +195,19 @@ def pack_packed_tiles(
     return _PACKED_TILES.pack(*arrays, sequences, tokens, group, block, count, 0)
 
 
+def pack_packed_rest(problem: Problem, out: Array, lse: Array, tables: Tables) -> bytes:
+    """PackedRestParams of packed_rest.cu."""
+    sizes = (problem.sequences, problem.seqlen_q, problem.heads_q, problem.head_dim_v)
+    return _PACKED_REST.pack(tables.packing.query_edges, *_tensor(out), address(lse), *sizes)
+
+
+def pack_convert(array: Array, copy: Array) -> bytes:
+    """ConvertParams of convert.cu."""
+    missing = 4 - array.ndim
+    strides, extents = ((*[0] * missing, *array.strides), (*[1] * missing, *array.shape))
+    return _CONVERT.pack(address(array), *strides, address(copy), *extents)
+
+
 def pack_bias_gradient(
     gradient: GradientProblem,
     tables: Tables,
@@ -318,9 +335,12 @@ def pack_backward_sm90(
     return _with_maps(maps, call, encode)
 
 
-def tma_obstacle(arrays: dict[str, Array]) -> str:
-    """Why TMA cannot move one of these arrays; empty where it can move all."""
-    for name, array in arrays.items():
+def tma_obstacle(loaded: dict[str, Array], stored: dict[str, Array]) -> str:
+    """Why TMA cannot load or store one of these arrays; empty where it can move all.
+
+    A load reads zeros past the innermost axis, element by element; a store writes 16-byte chunks.
+    """
+    for name, array in (loaded | stored).items():
         if not array.size:
             return f"{name} is empty"
         if address(array) % 16:
@@ -333,7 +353,16 @@ def tma_obstacle(arrays: dict[str, Array]) -> str:
         end = (array.shape[0] - 1) * batch_stride + array.shape[1] * row_stride
         if array.shape[1] > _WRAP or end >= _PLACES * _PLACE_BYTES:
             return f"{name} has more rows or bytes than the coordinates of its map reach"
+    for name, array in stored.items():
+        row_bytes = array.shape[3] * array.itemsize
+        if row_bytes % _CHUNK_BYTES:
+            return f"{name} has rows of {row_bytes} bytes, which TMA stores in multiples of 16"
     return ""
+
+
+def mapped_bytes(maps: int, call_bytes: int) -> int:
+    """Of a parameter with so many tensor maps: whole multiples of their alignment."""
+    return (maps + -(-call_bytes // TENSOR_MAP_BYTES)) * TENSOR_MAP_BYTES
 
 
 def _output_map(problem: Problem, array: Array, panel: int) -> TensorMap:
@@ -425,8 +454,8 @@ def _tensor(array: Array) -> tuple[int, int, int, int]:
 
 
 def _with_maps(maps: tuple[TensorMap, ...], call: bytes, encode: Encoder) -> bytes:
-    """Tensor maps, then the others' parameters, up to the multiple of a map's alignment."""
-    return b"".join(map(encode, maps)) + call.ljust(-(-len(call) // 64) * 64, b"\0")
+    """Tensor maps, then the others' parameters."""
+    return b"".join((*map(encode, maps), call)).ljust(mapped_bytes(len(maps), len(call)), b"\0")
 
 
 def _problem(problem: Problem, tables: Tables) -> bytes:

@@ -73,7 +73,9 @@ def forward_plan_of(tiles: ForwardTiles, traits: Traits) -> ForwardPlan:
         "PING_PONG": int(tiles.ping_pong),
         "OUT_OVER_Q": int(out_over_q),
         "SMEM_BYTES": smem_bytes,
-        "PARAMS_BYTES": traits.params_bytes(_params.FORWARD_SM90_BYTES),
+        "PARAMS_BYTES": _params.mapped_bytes(
+            _params.FORWARD_MAPS, traits.params_bytes(_params.FORWARD_BYTES)
+        ),
     }
     if tiles.stages != _STAGES:  # the kernel's own default
         constants["STAGES"] = tiles.stages
@@ -107,7 +109,9 @@ def backward_plan_of(tiles: BackwardTiles, traits: Traits, deterministic: bool) 
         "SCALE_FIRST": int(traits.scale_first),
         "DETERMINISTIC": int(deterministic),
         "SMEM_BYTES": smem_bytes,
-        "MAPPED_PARAMS_BYTES": traits.params_bytes(_params.BACKWARD_SM90_BYTES),
+        "MAPPED_PARAMS_BYTES": _params.mapped_bytes(
+            _params.BACKWARD_MAPS, traits.params_bytes(_params.BACKWARD_BYTES)
+        ),
     }
     dq_bytes = 2 * tiles.block_q * head_dim
     post = {**shared, "SMEM_BYTES": dq_bytes}

@@ -10,6 +10,8 @@ from cuflash._traits import Kernel, Tiling, Traits, arch_of, kernel_of, smem_lim
 
 _MASK_WARPS = 4
 _PACKED_WARPS = 8
+_REST_WARPS = 4
+_CONVERT_WARPS = 4
 _BIAS_WARPS = 4
 _SINK_WARPS = 8
 
@@ -50,6 +52,26 @@ def packed_tiles_kernel(capability: int) -> Kernel:
     constants = {"WARPS": _PACKED_WARPS, "PARAMS_BYTES": _params.PACKED_TILES_BYTES}
     name = "packed_tiles"
     return kernel_of(f"{name}.cu", name, arch_of(capability), constants, _PACKED_WARPS, 0)
+
+
+@cache
+def packed_rest_kernel(capability: int) -> Kernel:
+    """Fills the rows of tokens that belong to no sequence."""
+    constants = {"WARPS": _REST_WARPS, "PARAMS_BYTES": _params.PACKED_REST_BYTES}
+    name = "packed_rest"
+    return kernel_of(f"{name}.cu", name, arch_of(capability), constants, _REST_WARPS, 0)
+
+
+@cache
+def convert_kernel(source: int, target: int, capability: int) -> Kernel:
+    """Copies from one type to another, by their numbers in convert.cu."""
+    constants = {
+        "FROM": source,
+        "TO": target,
+        "WARPS": _CONVERT_WARPS,
+        "PARAMS_BYTES": _params.CONVERT_BYTES,
+    }
+    return kernel_of("convert.cu", "convert", arch_of(capability), constants, _CONVERT_WARPS, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuflash import _classify, _params, _plan_small, _traits
+from cuflash._convert import as_contiguous
 from cuflash._gpu import Gpu
 from cuflash._problem import Array, GradientProblem, Problem
 
@@ -74,4 +75,4 @@ def sink_gradient(
     dsinks = on.empty((problem.heads_q,), np.float32)
     kernel = _plan_small.sink_gradient_kernel(traits, on.device.capability)
     on.run(kernel, problem.heads_q, _params.pack_sink_gradient(problem, tables, stats, dsinks))
-    return on.as_contiguous(dsinks, dtype)
+    return as_contiguous(dsinks, dtype, on)

@@ -79,6 +79,14 @@ class Call(NamedTuple):
             arrays[name] = _cupy().asarray(x)
         return structure.with_arrays(arrays)
 
+    def contiguous_integers(self, array: Array) -> Array:
+        """The array itself, or a copy as contiguous int64."""
+        if self.device == "cpu":
+            return array.astype(np.int64, order="C", copy=False)
+        from cuflash._convert import as_contiguous  # needs CuPy
+
+        return as_contiguous(array, np.dtype(np.int64))
+
     def wait(self) -> None:
         """Until the device has done what the current stream was told."""
         if self.device != "cpu":
@@ -475,8 +483,15 @@ def _ordinal(place: str) -> int:
     return int(place.removeprefix("cuda:"))
 
 
-def _cuda_device(place: str) -> AbstractContextManager[Any]:
-    return _cupy().cuda.Device(_ordinal(place))
+@contextmanager
+def _cuda_device(place: str) -> Iterator[None]:
+    """The device, with its context bound to this thread: a launch by the driver needs that.
+
+    CuPy binds it where it changes the device, and a new thread's is 0 without a context.
+    """
+    with _cupy().cuda.Device(_ordinal(place)) as device:
+        device.use()
+        yield
 
 
 @contextmanager

@@ -204,7 +204,7 @@ class EmulatedGpu:
         self._schedule, self._seed = schedule, seed
         self._threads = threads  # of the host, each with a block at a time
         self.buffers = list(inputs)
-        self._stream: list[tuple[_traits.Kernel, int, bytes] | Callable[[], None]] = []
+        self._stream: list[tuple[_traits.Kernel, int, bytes]] = []
 
     stream = (0, 0)
 
@@ -215,13 +215,6 @@ class EmulatedGpu:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return self._keep(np.zeros(shape, dtype))
-
-    def as_contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
-        if array.dtype == dtype and array.flags.c_contiguous:
-            return self._keep(array)
-        copy = self.empty(array.shape, dtype)
-        self._stream.append(lambda: np.copyto(copy, array, casting="unsafe"))
-        return copy
 
     def encode(self, tensor_map: _params.TensorMap) -> bytes:
         import emulator
@@ -240,14 +233,10 @@ class EmulatedGpu:
     def synchronize(self) -> None:
         """Do all that waits."""
         stream, self._stream = self._stream, []
-        kernels = list(dict.fromkeys(task[0] for task in stream if isinstance(task, tuple)))
+        kernels = list(dict.fromkeys(kernel for kernel, _, _ in stream))
         with ThreadPoolExecutor(2) as threads:
             compiled = dict(zip(kernels, threads.map(_emulated_kernel, kernels), strict=True))
-        for task in stream:
-            if not isinstance(task, tuple):
-                task()
-                continue
-            kernel, blocks, params = task
+        for kernel, blocks, params in stream:
             stats = compiled[kernel].launch(
                 (blocks,),
                 (kernel.threads,),

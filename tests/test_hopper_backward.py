@@ -127,7 +127,7 @@ def check_compiled(chosen: _traits.Traits, deterministic: bool) -> None:
 
 def check_instructions(chosen: _traits.Traits, deterministic: bool) -> None:
     plan = _plan.backward_plan(chosen, 90, deterministic)
-    check_hopper_kernel(plan.main, _params.BACKWARD_SM90_BYTES)
+    check_hopper_kernel(plan.main, _params.mapped_bytes(6, _params.BACKWARD_BYTES))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -21,7 +21,7 @@ from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
 from cuflash._reference_masks import visibility
 from cuflash.cli import oracle
-from cuflash.cli.cases import Case
+from cuflash.cli.cases import Arrays, Case
 
 pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
 
@@ -442,7 +442,7 @@ COMPILED = [("64-128", "scale-first")]
 def test_wgmma_alone_multiplies_and_nothing_spills(pair: str, flags: str) -> None:
     traits = _traits.Traits("bfloat16", *PAIRS[pair], 16, False, False, False, False, tma=True)
     plan = _plan.forward_plan(replace(traits, **FLAGS[flags]), 90)
-    check_hopper_kernel(plan.kernel, _params.FORWARD_SM90_BYTES)
+    check_hopper_kernel(plan.kernel, _params.mapped_bytes(4, _params.FORWARD_BYTES))
 
 
 # ------------------------------------------------------------------------- injected bugs
@@ -517,6 +517,49 @@ def test_what_hopper_leaves_to_sm80() -> None:
         assert backend == "sm80" and reason in why
 
 
+def columns(x: np.ndarray, count: int) -> np.ndarray:
+    """The first columns of wider rows, which hold NaN behind them."""
+    wider = np.full((*x.shape[:-1], 64), np.nan, x.dtype)
+    wider[..., :count] = x[..., :count]
+    return wider[..., :count]
+
+
+def test_what_tma_stores_has_rows_of_whole_chunks() -> None:
+    arrays = LONG.arrays()
+    wide = {name: columns(getattr(arrays, name), 20) for name in "qkv"}
+    reason = "out has rows of 40 bytes, which TMA stores in multiples of 16"
+    out = columns(np.zeros_like(arrays.q), 20)
+
+    def backend(**changes: np.ndarray) -> tuple[str, str]:
+        of = Problem.create("attention", "cuda", **(wide | {"out": out} | changes))
+        plan, why, _ = _launch.explain(of, EmulatedGpu(90, "lazy", 0, _arrays_of(of)))
+        return plan.backend, why
+
+    assert backend() == ("sm80", f"a Hopper GPU, but {reason}")
+    v, out_of_24 = columns(arrays.v, 24), columns(np.zeros_like(arrays.q), 24)
+    assert backend(v=v, out=out_of_24)[0] == "sm90"
+    whole = (arrays.q, arrays.k, arrays.v)
+    assert _params.tma_obstacle({}, dict(zip("qkv", whole, strict=True))) == ""
+    assert _params.tma_obstacle({}, {"dk": wide["k"]}) == reason.replace("out", "dk")
+
+
+@pytest.mark.parametrize("size_v", [20, 24])
+def test_rows_that_end_within_a_chunk(size_v: int) -> None:
+    """Loads read zeros past them, and what lies behind out stays as it was, whoever serves."""
+    arrays = replace(LONG, seqlen_q=130, seqlen_k=200).arrays()
+    q, k, v = columns(arrays.q, 20), columns(arrays.k, 20), columns(arrays.v, size_v)
+    out = columns(np.zeros_like(arrays.q), size_v)
+    on = emulated(capability=90)
+    found, lse = on.forward(q, k, v, out=out)
+    assert ("sm90" in on.launches[0].kernel.source) == (size_v == 24)
+    assert np.isnan(out.base[..., size_v:]).all()
+    dout = columns(arrays.dout, size_v)
+    plain = Arrays(*map(np.ascontiguousarray, (q, k, v, dout)), dlse=None)
+    bounds = oracle.expect(plain, {})
+    assert bounds["out"].error(found) <= bounds["out"].allowed
+    assert bounds["lse"].error(lse) <= bounds["lse"].allowed
+
+
 def test_hopper_takes_packed_sequences() -> None:
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in LONG.arrays()[:3])
     edges = np.array([0, 3, len(q)]), np.array([0, 5, len(k)])
@@ -529,7 +572,7 @@ def test_hopper_takes_packed_sequences() -> None:
 
 def test_empty_keys_are_an_obstacle() -> None:
     keys = LONG.arrays().k[:, :0]
-    assert _params.tma_obstacle({"k": keys}) == "k is empty"
+    assert _params.tma_obstacle({"k": keys}, {}) == "k is empty"
 
 
 def test_no_keys() -> None:
@@ -546,7 +589,7 @@ def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.Monke
     class Driver:
         def cuTensorMapEncodeTiled(self, encoded: Any, *arguments: Any) -> int:  # noqa: N802
             plain = [getattr(x, "value", x) for x in arguments]
-            seen.append([encoded.value % 64, *(x if isinstance(x, int) else [*x] for x in plain)])
+            seen.append([encoded.value % 128, *(x if isinstance(x, int) else [*x] for x in plain)])
             ctypes.memset(encoded, 7, _params.TENSOR_MAP_BYTES)
             return self.status
 
@@ -561,7 +604,7 @@ def test_tensor_maps_reach_the_driver_as_it_wants_them(monkeypatch: pytest.Monke
         assert _gpu._encode.__wrapped__(tensor_map) == bytes([7]) * 128
     address, row = x.ctypes.data, x.strides[1]
     head, batch = 1 * 128, 1 * 128  # axes of one element
-    rows, strides = [64, 1 << 30, 1 << 31, 1, (1 << 30) + 1], [row, 16, head, (1 << 34) - row]
+    rows, strides = [64, 1 << 30, 0x7FFF0000, 1, (1 << 30) + 1], [row, 16, head, (1 << 34) - row]
     others = [row, head, batch]
     plain = [row, batch, head, 16]
     assert seen == [
@@ -593,7 +636,7 @@ def test_a_row_map_ends_with_the_length() -> None:
     wrap = 1 << 30
     # Hardware looks at a map's own address when it loads: memory has to be mapped there.
     assert found.address == x.ctypes.data
-    assert found.extents == (16, wrap, 1 << 31, 3, wrap + 1)
+    assert found.extents == (16, wrap, 0x7FFF0000, 3, wrap + 1)
     assert found.strides == (row, 16, 32, (1 << 34) - row)
     # Row 4 of length 7 of batch entry 1, head 2; row 7 is the first out of bounds.
     at = (4 + wrap - 7, (1 * 10 * row + 7 * row) // 16, 2, wrap)

@@ -45,7 +45,7 @@ class FakeGpu:
         self.problem: Problem | None = None
         stream = SimpleNamespace(synchronize=lambda: self.log.append("synchronize"))
         self.cuda = SimpleNamespace(
-            Device=lambda number: self.current("device", number),
+            Device=self.device,
             Stream=SimpleNamespace(
                 from_external=lambda stream: self.current("stream", *stream.__cuda_stream__())
             ),
@@ -57,6 +57,12 @@ class FakeGpu:
         self.log.append(("enter", *what))
         yield
         self.log.append(("exit", *what))
+
+    @contextmanager
+    def device(self, number: int) -> Iterator[Any]:
+        """Current only once `use` has bound its context to the thread."""
+        yield SimpleNamespace(use=lambda: self.log.append(("enter", "device", number)))
+        self.log.append(("exit", "device", number))
 
     def asarray(self, array: Any) -> Any:
         if not isinstance(array, np.ndarray):

@@ -1,5 +1,6 @@
 """From a kernel's source to a loaded function: digest, cache on disk, compile errors, loading."""
 
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -279,7 +280,7 @@ class StandInDriver:
         self.attributes: list[tuple[int, int, int]] = []
         self.error = error
         self.cuda = types.SimpleNamespace(
-            Device=lambda index: warnings.catch_warnings(),  # any context manager
+            Device=lambda index: contextlib.nullcontext(types.SimpleNamespace(use=lambda: None)),
             driver=self,
             runtime=types.SimpleNamespace(driverGetVersion=lambda: driver_version),
             function=types.SimpleNamespace(Module=lambda: self),

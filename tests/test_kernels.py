@@ -134,7 +134,7 @@ def check_hopper(head_dims: tuple[int, int], flags: str) -> None:
     """Nothing in local memory, nothing that serialises wgmma, and wgmma alone multiplies."""
     plan = _plan.forward_plan(replace(traits(*head_dims, flags), tma=True), 90)
     assert plan.backend == "sm90"
-    check_hopper_kernel(plan.kernel, _params.FORWARD_SM90_BYTES)
+    check_hopper_kernel(plan.kernel, _params.mapped_bytes(4, _params.FORWARD_BYTES))
 
 
 def check_hopper_kernel(kernel: _traits.Kernel, params_bytes: int) -> None:

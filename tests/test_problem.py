@@ -11,6 +11,7 @@ import pytest
 from unreal_gpu import DV, HK, HQ, LSE, OUT, SHAPES, SK, SQ, B, D, Maker, refused
 
 from cuflash._checks import MAX_OFFSET
+from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -320,6 +321,20 @@ def test_sizes_beyond_32_bits(sq: int, sk: int, heads_q: int, batch: int, found:
     ):
         Problem.create("attention", "cuda", q, k, k)
     Problem.create("attention", "cpu", q, k, k)
+
+
+def test_packed_sequences_beyond_32_bits() -> None:
+    """Each takes a block of every head at least, however few tokens they have."""
+    q = np.broadcast_to(np.zeros((1, 1, 8), np.float16), (100, 2**15, 8))
+    edges = np.broadcast_to(np.zeros(1, np.int64), 2**16 + 1)
+    found = "Hq * (T / 32 + sequences) = 2147614720; expected at most 2147482624 on a GPU"
+    with refused(
+        NotImplementedError,
+        f"cu_seqlens_q has 65536 sequences, which makes {found}: split the call",
+    ):
+        PackedProblem.create("attention", "cuda", q, q, q, edges, edges)
+    PackedProblem.create("attention", "cpu", q, q, q, edges, edges)
+    PackedProblem.create("attention", "cuda", q, q, q, edges[:100], edges[:100])
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])

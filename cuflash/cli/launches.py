@@ -99,9 +99,6 @@ class _AbsentGpu:
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         return np.zeros(shape, dtype)
 
-    def as_contiguous(self, array: np.ndarray, dtype: Any) -> np.ndarray:
-        return np.ascontiguousarray(array, dtype)
-
     def encode(self, tensor_map: TensorMap) -> bytes:
         return bytes(TENSOR_MAP_BYTES)
 

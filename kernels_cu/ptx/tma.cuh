@@ -3,7 +3,7 @@
 #pragma once
 #include "common.cuh"
 
-struct alignas(64) TensorMap {  // CUtensorMap
+struct alignas(128) TensorMap {  // CUtensorMap, as aligned as cuda.h has it
   u64 opaque[16];
 };
 
