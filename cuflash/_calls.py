@@ -44,6 +44,9 @@ def forward(
 
 def backward(kind: Kind, function: str, arguments: Arguments) -> Gradients:
     """The gradients, from the arguments of a function that is given dout, out and lse."""
+    # Who hands over q, k and v that require grad may use the gradients as values.
+    incoming = {name: arguments[name] for name in ("dout", "dlse")}
+    warn_of_lost_gradients(function, incoming, stacklevel=4)
     own = {"dout", "out", "lse", "dlse", *BACKWARD_FLAGS} & arguments.keys()
     with receive(function, ("q", "k", "v", "dout", "out", "lse"), arguments) as call:
         results = {name: call.arguments.pop(name) for name in own}

@@ -286,6 +286,8 @@ class Check(NamedTuple):
             number = float(value)
         except OverflowError:
             number = math.inf
+        except Exception:  # whatever somebody else's number raises
+            self.fail(TypeError, f"{name} is a {type(value).__name__}; expected a real number")
         if not math.isfinite(number):
             self.fail(ValueError, f"{name} is {number}; expected a finite number")
         return number

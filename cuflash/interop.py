@@ -158,7 +158,8 @@ def receive(function: str, required: tuple[str, ...], arguments: dict[str, Any])
     with framework.context(place):
         for name, source in sources.items():
             if source is not _CUPY:  # whose arrays are what is wanted
-                received[name] = _share(function, name, source, received[name])
+                to_write = name == "out" and name not in required
+                received[name] = _share(function, name, source, received[name], to_write)
         for name, structure in structures.items():
             received[name] = structure.with_arrays(received)
         for name in nested:
@@ -172,7 +173,7 @@ def warn_of_lost_gradients(function: str, arguments: Mapping[str, Any], stacklev
     if torch is None or not torch.is_grad_enabled():
         return
     for name, x in arguments.items():
-        if getattr(x, "requires_grad", False) and isinstance(x, torch.Tensor):
+        if isinstance(x, torch.Tensor) and x.requires_grad:
             warnings.warn(
                 f"cuflash.{function}: {name} requires grad, which the result does not carry on; "
                 "expected a call under torch.no_grad(), or in a torch.autograd.Function, "
@@ -444,9 +445,9 @@ def _driver_fault(place: str) -> str:
     return "" if least <= count else f"it sees {count} GPUs; expected at least {least}"
 
 
-def _share(function: str, name: str, framework: Framework, x: Foreign) -> Array:
+def _share(function: str, name: str, framework: Framework, x: Foreign, to_write: bool) -> Array:
     try:
-        return framework.receive(x, to_write=name == "out")
+        return framework.receive(x, to_write)
     except Exception as error:  # whatever somebody else's array raises
         fault = fault_of(x) or f"{type(error).__name__}: {error}"
         raise TypeError(

@@ -243,6 +243,25 @@ def test_a_gradient_that_torch_would_lose_is_warned_of(name: str) -> None:
     assert [warning.filename for warning in caught] == [__file__]
 
 
+@pytest.mark.parametrize("name", ["dout", "dlse"])
+def test_a_second_derivative_that_torch_would_lose_is_warned_of(name: str) -> None:
+    torch = torch_kind()
+    q, k, v = (torch.make(x) for x in tensors().values())
+    (out, lse), pullback = cuflash.attention_vjp(q, k, v, return_lse=True)
+    incoming = {"dout": torch.make(np.ones(OUT)).float(), "dlse": torch.make(np.ones(LSE)).float()}
+    incoming[name].requires_grad_()
+    given = {"q": q, "k": k, "v": v, "out": out, "lse": lse}
+    for function, ask in (
+        ("attention_backward", lambda: cuflash.attention_backward(**given, **incoming)),
+        ("attention_vjp's pullback", lambda: pullback(**incoming)),
+    ):
+        with pytest.warns(
+            UserWarning, match=f"^cuflash.{function}: {name} {NO_GRADIENT}"
+        ) as caught:
+            assert not ask().dq.requires_grad
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_merge_warns_of_a_gradient_that_torch_would_lose() -> None:
     torch = torch_kind()
     out, lse = torch.make(np.zeros(OUT)), torch.make(np.zeros(LSE)).requires_grad_()
@@ -438,6 +457,19 @@ def test_autograd_notices_what_is_written_to_out() -> None:
         loss.backward()
     with torch.inference_mode():
         cuflash.attention(q, k, v, out=torch.ones(OUT))
+
+
+def test_a_backward_writes_to_no_out() -> None:
+    torch = pytest.importorskip("torch")
+    q, k, v = map(torch_kind().make, tensors().values())
+    out, lse = cuflash.attention(q, k, v, return_lse=True)
+    weight = torch.ones(OUT, requires_grad=True)
+    loss = (weight * out).sum()
+    cuflash.attention_backward(torch.ones(OUT), q, k, v, out, lse)
+    loss.backward()
+    old = vendor_kind(OldVendor).make  # whose memory is never to be written
+    arrays = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": torch.ones(OUT)}
+    cuflash.attention_backward(**{name: old(np.asarray(x)) for name, x in arrays.items()})
 
 
 # JAX
