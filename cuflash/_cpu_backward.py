@@ -60,9 +60,8 @@ def differentiate(parts: list[GradientSums]) -> None:
         sums.loaded[item.start] = sums.load(item)
 
     def add(sums: GradientSums, family: list[Item], split: int) -> None:
-        add_item = _differentiate if sums.work.mask is None else _differentiate_masked
         for item in family:
-            add_item(item, sums, split)
+            differentiate_item(item, sums, split)
 
     def cost(task: tuple[GradientSums, list[Item], int]) -> int:
         sums, family, _ = task
@@ -82,6 +81,12 @@ Room = Callable[[str, tuple[int, ...]], np.ndarray]  # memory of a name and a sh
 def _quietly(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     with np.errstate(all="ignore"):
         function(*arguments)
+
+
+def differentiate_item(item: Item, sums: GradientSums, split: int) -> None:
+    """Add what one split of its keys, or with a mask of its rows, contributes to the gradients."""
+    add = _differentiate if sums.work.mask is None else _differentiate_masked
+    add(item, sums, split)
 
 
 def _differentiate(item: Item, sums: GradientSums, split: int) -> None:

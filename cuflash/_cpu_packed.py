@@ -1,6 +1,7 @@
 """Packed sequences on the CPU: the dense backend on views, with the tasks of all in one queue.
 
-Each sequence is cut by its part of all the work: a long one into many tasks, a short one into few.
+Each sequence is cut by its part of all the work: a long one into many tasks. Many short ones are
+a batch, which is one task.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from cuflash._arrays import Scratch, empty_like
-from cuflash._cpu_backward import GradientSums, differentiate, sum_of
+from cuflash._cpu_backward import GradientSums, differentiate, differentiate_item
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import Gradients, Problem
+from cuflash._short_sequences import Batch, by_token, divide
+from cuflash._threads import for_each
 from cuflash._work import Work
-from cuflash.cpu import attend
+from cuflash.cpu import attend, attend_to, tasks_of
 
 
 def forward(problem: PackedProblem) -> tuple[np.ndarray, np.ndarray]:
@@ -24,58 +27,114 @@ def forward(problem: PackedProblem) -> tuple[np.ndarray, np.ndarray]:
     if not lse.size:
         return out, lse
     out[int(problem.cu_seqlens_q[-1]) :] = 0
+    alone, batches = divide(problem)
     parts = []
-    for work in _works(problem, splits_rows=True):
-        rows = problem.rows(work.first_batch)
+    for sequence, work in _works(problem, alone, splits_rows=True).items():
+        rows = problem.rows(sequence)
         parts.append((work, out[None, rows], lse[None, :, rows]))
     attend(parts)
+
+    def run(batch: Batch) -> None:
+        with np.errstate(all="ignore"):
+            _attend_to_batch(problem, batch, out, lse)
+
+    for_each(run, sorted(batches, key=lambda batch: -batch.scores))
     return out, lse
+
+
+def _attend_to_batch(
+    problem: PackedProblem, batch: Batch, out: np.ndarray, lse: np.ndarray
+) -> None:
+    work = batch.work(problem, splits_rows=True)
+    some_out = empty_like(work.problem.q, work.problem.head_dim_v)
+    some_lse = np.full(work.problem.lse_shape, -np.inf, work.dtype)
+    for task in tasks_of(work, some_out, some_lse):
+        attend_to(*task)
+    batch.queries.scatter(some_out[0], out)
+    batch.queries.scatter(by_token(some_lse[0]), by_token(lse))
 
 
 def backward(gradient: PackedGradientProblem) -> Gradients:
     """The gradients of q, k, v and the sinks."""
     problem = gradient.forward
-    dq, dk, dv = (empty_like(x[None])[0] for x in (problem.q, problem.k, problem.v))
-    for x in (dq, dk, dv):
-        x[...] = 0  # also of what no sequence has, or of keys without queries
+    grads = tuple(empty_like(x[None])[0] for x in (problem.q, problem.k, problem.v))
+    with_queries = np.diff(problem.cu_seqlens_q) > 0
+    dq, dk, dv = grads
+    for x, cu_seqlens in (
+        (dq, problem.cu_seqlens_q),
+        (dk, problem.cu_seqlens_k),
+        (dv, problem.cu_seqlens_k),
+    ):
+        # What is left when each sequence that has queries has written its own.
+        x[int(cu_seqlens[-1]) if with_queries.all() else 0 :] = 0
     dsinks = None if problem.sinks is None else np.zeros(problem.sinks.shape, problem.sinks.dtype)
     if not problem.q.size:
-        return Gradients(dq, dk, dv, None, dsinks)
-    parts = []
-    for work in _works(problem, splits_rows=False):
-        rows, keys = problem.rows(work.first_batch), problem.keys(work.first_batch)
+        return Gradients(*grads, None, dsinks)
+    by_sequence = np.zeros((problem.batch, problem.q.shape[1]), problem.lse_dtype)
+    alone, batches = divide(problem)
+    parts = {}
+    for sequence, work in _works(problem, alone, splits_rows=False).items():
+        rows, keys = problem.rows(sequence), problem.keys(sequence)
         into = (dq[None, rows], dk[None, keys], dv[None, keys])
-        parts.append(GradientSums(work, gradient.sequence(work.first_batch), into))
-    differentiate(parts)
+        parts[sequence] = GradientSums(work, gradient.sequence(sequence), into)
+    differentiate(list(parts.values()))
+
+    def run(batch: Batch) -> None:
+        with np.errstate(all="ignore"):
+            _differentiate_batch(gradient, batch, grads, by_sequence)
+
+    for_each(run, sorted(batches, key=lambda batch: -batch.scores))
     with np.errstate(all="ignore"):
-        for sums in parts:
+        for sequence, sums in parts.items():
             sums.gradients()
-        if dsinks is not None and parts:
-            by_sequence = [sums.dsinks_by_batch[0] for sums in parts]
-            dsinks[...] = sum_of(by_sequence, dsinks.dtype).reshape(dsinks.shape)
-    return Gradients(dq, dk, dv, None, dsinks)
+            if dsinks is not None:
+                by_sequence[sequence] = sums.dsinks_by_batch[0].reshape(-1)
+        if dsinks is not None:
+            dsinks[...] = by_sequence.sum(axis=0)
+    return Gradients(*grads, None, dsinks)
+
+
+def _differentiate_batch(
+    gradient: PackedGradientProblem,
+    batch: Batch,
+    grads: tuple[np.ndarray, np.ndarray, np.ndarray],
+    dsinks: np.ndarray,
+) -> None:
+    """Write the gradients of a batch's sequences, dsinks by sequence."""
+    work = batch.work(gradient.forward, splits_rows=False)
+    sums = GradientSums(work, batch.gradient(gradient, work.problem))
+    (item,) = work.items()
+    differentiate_item(item, sums, split=0)
+    found = sums.gradients()
+    for tokens, some, x in zip((batch.queries, batch.keys, batch.keys), found, grads, strict=False):
+        tokens.scatter(some[0], x)
+    if gradient.forward.sinks is not None:
+        dsinks[batch.sequences] = sums.dsinks_by_batch.reshape(batch.sequences.size, -1)
 
 
 def explain(problem: PackedProblem) -> tuple[tuple[int, int], None]:
     """The queries and keys of the largest tile; a packed call has no mask."""
-    works = _works(problem, splits_rows=True) if all(problem.lse_shape) else []
-    rows = max((work.tile_rows for work in works), default=0)
-    return (rows, max((work.tile_keys for work in works), default=0)), None
+    alone, batches = divide(problem) if all(problem.lse_shape) else ([], [])
+    works = _works(problem, alone, splits_rows=True).values()
+    tiles = [(work.tile_rows, work.tile_keys) for work in works]
+    tiles += [(batch.queries.longest, max(1, batch.keys.longest)) for batch in batches]
+    rows, keys = zip(*tiles, strict=True) if tiles else ((0,), (0,))
+    return (max(rows), max(keys)), None
 
 
-def _works(problem: PackedProblem, splits_rows: bool) -> list[Work]:
-    """The sequences that have queries, each as a problem of its own."""
-    sequences = {b: problem.sequence(b) for b in range(problem.batch)}
-    sequences = {b: one for b, one in sequences.items() if one.seqlen_q}
-    pairs = sum(map(_pairs, sequences.values()))
-    works = [
-        Work(one, splits_rows, share=_pairs(one) / pairs, first_batch=b)
-        for b, one in sequences.items()
-    ]
+def _works(problem: PackedProblem, sequences: list[int], splits_rows: bool) -> dict[int, Work]:
+    """Some sequences, each as a problem of its own."""
+    problems = {b: problem.sequence(b) for b in sequences}
+    lengths = (np.diff(x) for x in (problem.cu_seqlens_q, problem.cu_seqlens_k))
+    pairs = int(np.multiply(*lengths).clip(1).sum())
+    works = {
+        b: Work(one, splits_rows, share=_pairs(one) / pairs, sequences=np.array([b]))
+        for b, one in problems.items()
+    }
     # The threads' room for a tile is as large as the largest tile, and there only once.
-    size = max((work.scratch.size for work in works), default=0)
+    size = max((work.scratch.size for work in works.values()), default=0)
     scratch = Scratch(size, problem.lse_dtype)
-    for work in works:
+    for work in works.values():
         work.scratch = scratch
     return works
 

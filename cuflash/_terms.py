@@ -44,15 +44,20 @@ def _add(tile: Tile, scores: np.ndarray) -> None:
 
 
 def _alibi(tile: Tile, keys: slice) -> np.ndarray:
-    """-slope * abs(i + offset - j) of keys side by side: (heads, group, rows, keys), a view.
+    """-slope * abs(i + offset - j) of keys side by side: (heads, group, rows, keys), often a view.
 
     It depends on j - i alone: each row is the next one, a key later.
     """
     item = tile.item
+    slopes = item.work.slopes[item.index]
+    if isinstance(item.band.offset, np.ndarray):  # by head, as those of packed sequences
+        i, j = np.arange(tile.rows.start, tile.rows.stop), np.arange(keys.start, keys.stop)
+        distances = np.abs(i[:, None] + item.band.offset - j)
+        return -slopes * distances.astype(item.work.dtype)
     first = keys.start - (tile.rows.stop - 1) - item.band.offset
     last = keys.stop - 1 - tile.rows.start - item.band.offset
     distances = np.abs(np.arange(first, last + 1)).astype(item.work.dtype)
-    terms = -item.work.slopes[item.index] * distances
+    terms = -slopes * distances
     return sliding_window_view(terms[:, :, 0], keys.stop - keys.start, axis=-1)[:, :, ::-1]
 
 
@@ -63,8 +68,8 @@ def _modify(tile: Tile, scores: np.ndarray, slope: np.ndarray | None) -> None:
     """
     work, score_mod = tile.item.work, tile.item.work.problem.score_mod
     b, h, i, j = tile.places()
-    place = (np.full((1, 1, 1, 1), b), h.reshape(1, -1, 1, 1), i, j)
-    shape = (1, h.size, i.size, j.size)
+    place = (b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), i[:, None], j)
+    shape = (b.size, h.size, i.size, j.size)
     scores *= LN_2
     natural = scores.reshape(shape)
     if slope is not None:
@@ -78,7 +83,6 @@ def dropped(tile: Tile) -> np.ndarray | None:
     problem = tile.item.work.problem
     if not problem.dropout:
         return None
-    b, h, i, j = tile.places()
-    elements = (np.array([b]), h.reshape(-1), i.reshape(-1), j)
-    grid = _random.dropped(problem.dropout, problem.seed, *elements)
-    return grid.reshape(h.shape[0], -1, j.size)
+    grid = _random.dropped(problem.dropout, problem.seed, *tile.places())
+    heads = tile.key.shape[0]
+    return grid.reshape(heads, -1, grid.shape[-1])

@@ -20,7 +20,10 @@ class Band:
     keys: int
     first: int | None  # None: unbounded
     last: int | None
-    offset: int = 0  # the call's: query i stands at key i + offset
+    # The call's: query i stands at key i + offset. Integers that broadcast to (heads, 1, rows,
+    # keys), and so `hidden`, where heads belong to sequences of several lengths.
+    offset: int | np.ndarray = 0
+    hidden: np.ndarray | None = None  # in place of first and last
 
     @classmethod
     def of(cls, problem: Problem, batch: int) -> Band:
@@ -52,7 +55,10 @@ class Band:
         return slice(start, stop)
 
     def limit(self, rows: slice, keys: slice, dtype: np.dtype) -> np.ndarray | None:
-        """(rows, keys) as of `limit_of`; None if all rows see all keys."""
+        """(rows, keys) or (heads, 1, rows, keys), as of `limit_of`; None if all is seen."""
+        if self.hidden is not None:
+            hidden = self.hidden[..., rows, keys]
+            return limit_of(hidden, dtype, is_by_key(*hidden.shape[2:]))
         edges = _edges(rows, keys, self.first, self.last)
         return None if edges is None else _limit(edges, dtype)
 

@@ -44,17 +44,24 @@ LEAST_SCORES = 2**16
 class Work:
     """A problem's arrays by key head, and how they are cut.
 
-    A problem may be one of several that share the threads: `share` is its part of all the work,
-    and `first_batch` the number that its first batch entry has among all.
+    A problem may be one of several that share the threads: `share` is its part of all the work.
+    A batch of one may be part of a packed batch: `sequences` are the numbers that it has there, and
+    its heads are those of them all, one sequence after the other, which see what `band` says.
     """
 
     def __init__(
-        self, problem: Problem, splits_rows: bool, share: float = 1.0, first_batch: int = 0
+        self,
+        problem: Problem,
+        splits_rows: bool,
+        share: float = 1.0,
+        sequences: np.ndarray | None = None,
+        band: Band | None = None,
     ) -> None:
         self.problem = problem
-        self.first_batch = first_batch
+        self.sequences = sequences
         scores = problem.batch * problem.heads_q * problem.seqlen_q * problem.seqlen_k
-        self.many_tasks = math.ceil(min(MANY_TASKS * share, max(1, scores / LEAST_SCORES)))
+        many_tasks = min(MANY_TASKS * share, scores / LEAST_SCORES)
+        self.many_tasks = max(1, math.ceil(many_tasks))
         self.dtype = problem.lse_dtype
         self.group = problem.group
         self.scale = problem.scale * LOG2_E
@@ -75,7 +82,7 @@ class Work:
             by_head = (problem.heads_k, self.group, 1)
             with np.errstate(all="ignore"):
                 self.sinks = in_units_of_log2(problem.sinks, self.dtype).reshape(by_head)
-        self.bands = [Band.of(problem, batch) for batch in range(problem.batch)]
+        self.bands = [band] if band else [Band.of(problem, b) for b in range(problem.batch)]
         self.mask = None
         if problem.mask is None or not problem.seqlen_k:
             self._cut(splits_rows)
@@ -92,7 +99,7 @@ class Work:
     def _cut(self, splits_rows: bool) -> None:
         """Choose the sizes of tiles and tasks."""
         problem, size = self.problem, math.prod(TILE)
-        rows, keys = TILE if problem.window == (None, None) else TILE_OF_BAND
+        rows, keys = largest_tile(problem.window)
         self.members = self.group
         self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
         self.tile_keys = max(1, min(problem.seqlen_k, keys))
@@ -191,6 +198,11 @@ class Work:
         return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:])
 
 
+def largest_tile(window: tuple[int | None, int | None]) -> tuple[int, int]:
+    """The most rows, of all query heads that read a key head, and the most keys; masks aside."""
+    return TILE if window == (None, None) else TILE_OF_BAND
+
+
 class Run(NamedTuple):
     """Keys side by side, and the limit of what a tile's rows see of them."""
 
@@ -248,14 +260,18 @@ class Tile:
         parts = [bias[self.item.index][:, :, self.rows, run.keys] for run in self.runs]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
-    def places(self) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """b, h, i and j, the last three integers that broadcast to (heads, group, rows, keys)."""
+    def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Each b, h, i and j: the tile's scores, (heads, group * rows, keys), are their grid."""
         work = self.item.work
         h = np.arange(work.problem.heads_q).reshape(-1, work.group)
-        h = h[self.item.heads, self.item.members]
+        h = h[self.item.heads, self.item.members].reshape(-1)
+        b = np.array([self.item.batch])
+        if work.sequences is not None:  # all heads of each, in one tile where there are several
+            b = work.sequences
+            h = h[: h.size // b.size]
         i = np.arange(self.rows.start, self.rows.stop)
         j = np.concatenate([np.arange(run.keys.start, run.keys.stop) for run in self.runs])
-        return work.first_batch + self.item.batch, h[:, :, None, None], i[:, None], j
+        return b, h, i, j
 
 
 @dataclass(frozen=True, slots=True)

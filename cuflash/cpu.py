@@ -39,23 +39,31 @@ def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
 def attend(parts: list[tuple[Work, np.ndarray, np.ndarray]]) -> None:
     """Write (out, lse) of each work; the threads share the tasks of all."""
-    tasks = []
-    for work, out, lse in parts:
-        for batch, band in enumerate(work.bands):
-            out[batch, band.rows :] = 0
-        out, lse = work.by_key_head(out), work.rows_by_key_head(lse)
-        for item in work.items():
-            tiles = item.row_tiles()
-            for first in range(0, len(tiles), work.tiles_of_task):
-                some = tiles[first : first + work.tiles_of_task]
-                tasks.append((item, some, out[item.index], lse[item.index]))
+    tasks = [task for part in parts for task in tasks_of(*part)]
 
-    def run(task: tuple[Item, list[slice], np.ndarray, np.ndarray]) -> None:
+    def run(task: Task) -> None:
         with np.errstate(all="ignore"):
-            _attend(*task)
+            attend_to(*task)
 
     # What takes longest comes first: in a causal problem the last rows.
     for_each(run, sorted(tasks, key=lambda task: (-sum(task[0].pairs(task[1])), -task[1][0].start)))
+
+
+Task = tuple[Item, list[slice], np.ndarray, np.ndarray]  # the arguments of `attend_to`
+
+
+def tasks_of(work: Work, out: np.ndarray, lse: np.ndarray) -> list[Task]:
+    """What writes (out, lse) of a work, in any order."""
+    tasks = []
+    for batch, band in enumerate(work.bands):
+        out[batch, band.rows :] = 0
+    out, lse = work.by_key_head(out), work.rows_by_key_head(lse)
+    for item in work.items():
+        tiles = item.row_tiles()
+        for first in range(0, len(tiles), work.tiles_of_task):
+            some = tiles[first : first + work.tiles_of_task]
+            tasks.append((item, some, out[item.index], lse[item.index]))
+    return tasks
 
 
 def backward(gradient: GradientProblem) -> Gradients:
@@ -80,7 +88,7 @@ def explain(problem: Problem) -> tuple[tuple[int, int], TileCounts | None]:
     return MASK_BLOCK, BlockMask.of(problem, MASK_BLOCK).count(bands)
 
 
-def _attend(item: Item, row_tiles: list[slice], out: np.ndarray, lse: np.ndarray) -> None:
+def attend_to(item: Item, row_tiles: list[slice], out: np.ndarray, lse: np.ndarray) -> None:
     """Write some rows of out (heads, group, Sq, Dv) and lse (heads, group, Sq)."""
     softmaxes = {rows.start: _OnlineSoftmax(item.work, item.query(rows)) for rows in row_tiles}
     for tile in _tiles_of(item, row_tiles):

@@ -296,7 +296,7 @@ def visits(tiles: list[_work.Tile]) -> Counter[tuple[int, int, int, int]]:
         b, h, i, j = tile.places()
         spans = np.unique(i // BLOCK), np.unique(j // BLOCK)
         counter.update(
-            (b, int(head), int(r), int(c)) for head in h.flat for r in spans[0] for c in spans[1]
+            (int(b[0]), int(head), int(r), int(c)) for head in h for r in spans[0] for c in spans[1]
         )
     return counter
 

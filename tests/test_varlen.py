@@ -412,8 +412,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(small_tiles: None) -> None:
 def test_threads_share_the_room_for_tiles() -> None:
     x = Packed(LENGTHS["unlike"])
     problem = PackedProblem.create("f", "cpu", x.q, x.k, x.v, *x.cu_seqlens)
-    works = _cpu_packed._works(problem, splits_rows=True)
-    assert len(works) == 5 and len({id(work.scratch) for work in works}) == 1
+    works = _cpu_packed._works(problem, list(range(5)), splits_rows=True)
+    assert len(works) == 5 and len({id(work.scratch) for work in works.values()}) == 1
 
 
 # ------------------------------------------------------------------------------- kinds of arrays
