@@ -43,6 +43,11 @@ _BOOLS = (bool, np.bool_)
 Array = Any  # numpy.ndarray, or cupy.ndarray where device is "cuda"
 
 
+def is_array(x: Any) -> bool:
+    """Whether x is of a class of arrays; instances are not asked, who may raise anything."""
+    return hasattr(type(x), "__dlpack__")
+
+
 def check_flag(function: str, name: str, value: Any) -> bool:
     """The value as a bool, if it is one."""
     if value is True or value is False:
@@ -347,7 +352,7 @@ class Check(NamedTuple):
             return None
         if isinstance(offset, np.ndarray) and offset.shape == ():
             offset = offset.item()
-        if hasattr(offset, "__dlpack__"):
+        if is_array(offset):
             return self.per_batch(name, offset, batch, -MAX_OFFSET, MAX_OFFSET)
         value = self.integer(name, offset)
         if abs(value) > MAX_OFFSET:
@@ -369,9 +374,8 @@ class Check(NamedTuple):
 
     def cu_seqlens(self, name: str, array: Any, tokens: int) -> Array:
         """Where each sequence starts and the last one ends: (B + 1,) integers."""
-        is_array = hasattr(array, "__dlpack__")
-        if not is_array or array.dtype.kind not in "iu":
-            found = array.dtype if is_array else type(array).__name__
+        if not is_array(array) or array.dtype.kind not in "iu":
+            found = array.dtype if is_array(array) else type(array).__name__
             self.fail(TypeError, f"{name} is {found}; expected an array of integers")
         if len(array.shape) != 1 or not array.shape[0]:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected (sequences + 1,)")
@@ -411,9 +415,8 @@ class Check(NamedTuple):
             )
 
     def per_batch(self, name: str, array: Any, batch: int, low: int, high: int) -> Array:
-        is_array = hasattr(array, "__dlpack__")
-        if not is_array or array.dtype.kind not in "iu":
-            found = array.dtype if is_array else type(array).__name__
+        if not is_array(array) or array.dtype.kind not in "iu":
+            found = array.dtype if is_array(array) else type(array).__name__
             self.fail(TypeError, f"{name} is {found}; expected one integer per batch entry")
         if array.shape != (batch,):
             sums = array.shape == (batch + 1,) and isinstance(array, np.ndarray) and not array[0]
@@ -611,4 +614,4 @@ class Check(NamedTuple):
 def _shown(value: Any) -> str:
     """A wrong value for a message: short, and without reading what lies on a device."""
     name = type(value).__name__
-    return name if hasattr(value, "__dlpack__") else f"{reprlib.repr(value)} ({name})"
+    return name if is_array(value) else f"{reprlib.repr(value)} ({name})"

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 import numpy as np
 
 from cuflash import _dlpack
-from cuflash._checks import BFLOAT16, Array, Check
+from cuflash._checks import BFLOAT16, Array, Check, is_array
 from cuflash._torch_faults import fault_of, hides_something
 
 Foreign = Any  # an array of the caller's kind
@@ -141,7 +141,7 @@ def receive(function: str, required: tuple[str, ...], arguments: dict[str, Any])
         elif name in LENGTHS or name in nested:
             if isinstance(x, (list, tuple, range)):
                 x = received[name] = Check(function, "").sequence(name, x)
-            if name in nested or hasattr(x, "__dlpack__"):
+            if name in nested or is_array(x):
                 found = _locate(function, name, x)
                 if found[1] == "cpu":
                     host_lengths.append(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash._checks import MAX_INDEX, Array, Check
+from cuflash._checks import MAX_INDEX, Array, Check, is_array
 from cuflash._mask_tree import (
     Band,
     Blocks,
@@ -392,7 +392,7 @@ def _check(function: str) -> Check:
 
 
 def _array(function: str, name: str, x: Any) -> Array:
-    if isinstance(x, type) or not hasattr(x, "__dlpack__"):
+    if not is_array(x):
         _check(function).fail(TypeError, f"{name} is a {type(x).__name__}; expected an array")
     return x
 
@@ -401,7 +401,7 @@ def _integers(function: str, name: str, x: Integers) -> Array:
     """An array as it is, a sequence as an array."""
     if _is_sequence(x):
         x = _check(function).sequence(name, x)
-    if isinstance(x, type) or not hasattr(x, "__dlpack__"):
+    if not is_array(x):
         _check(function).fail(
             TypeError, f"{name} is a {type(x).__name__}; expected one integer per batch entry"
         )
@@ -411,7 +411,7 @@ def _integers(function: str, name: str, x: Integers) -> Array:
 def _offset(function: str, offset: int | Integers | None) -> int | Array | None:
     if isinstance(offset, np.ndarray) and not offset.shape:
         offset = offset.item()
-    if hasattr(offset, "__dlpack__") or _is_sequence(offset):
+    if is_array(offset) or _is_sequence(offset):
         return _integers(function, "offset", offset)
     return _check(function).offset(offset, batch=0)
 

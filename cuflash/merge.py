@@ -85,7 +85,7 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
 def _parts(name: str, arrays: Any) -> list[Array]:
     try:
         return list(arrays)
-    except TypeError as error:
+    except Exception as error:  # whatever somebody else's sequence raises
         raise TypeError(
             f"cuflash.merge: {name} is a {type(arrays).__name__}; expected a sequence of arrays"
         ) from error

@@ -103,6 +103,50 @@ def test_the_callers_error_state_is_not_asked(dtype: Any) -> None:
         pullback(np.full_like(out, 6e4))
 
 
+class Raising:
+    """Whatever it is asked for, it raises."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("mine")
+
+
+class RaisingNumber(float):
+    def __float__(self) -> float:
+        raise RuntimeError("mine")
+
+
+ANY_OPTION = [
+    *("causal", "offset", "window", "scale", "softcap", "q_lens", "kv_lens", "mask", "bias"),
+    *("alibi_slopes", "sinks", "dropout", "seed", "score_mod", "return_lse", "deterministic"),
+]
+
+
+@pytest.mark.parametrize("name", [*SHAPES, *ANY_OPTION])
+def test_an_object_that_raises_is_no_argument(name: str) -> None:
+    pytest.importorskip("torch")  # whose tensors are looked for among the arguments
+    with refused(f"attention_vjp: {name} is .*Raising.*; expected"):
+        cuflash.attention_vjp(**{**tensors(), name: Raising()})
+
+
+@pytest.mark.parametrize("make", [masks.causal, masks.prefix, masks.dense, masks.documents])
+def test_a_mask_of_an_object_that_raises(make: Any) -> None:
+    with refused(f"masks.{make.__name__}: .* is .*Raising.*; expected"):
+        make(Raising())
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout"])
+def test_a_number_that_raises(name: str) -> None:
+    with refused(f"attention: {name} is a RaisingNumber; expected a real number"):
+        cuflash.attention(**tensors(), **{name: RaisingNumber(1)})
+
+
+@pytest.mark.parametrize("parts", [range(10**12), (Raising() for _ in range(1)), [Raising()]])
+def test_parts_that_are_no_arrays(parts: Any) -> None:
+    state = np.zeros((1, 1, 1))
+    with refused(r"merge: outs(\[0\])? is a (range|.*Raising); expected"):
+        cuflash.merge(parts, [state])
+
+
 # Arrays of others
 
 
