@@ -20,11 +20,14 @@ SHAPE = (2, 300, 4, 64)  # batch, length, heads, head size
 
 def attention_of(**options):
     """cuflash.attention with these options, which JAX differentiates by its arguments."""
+    # kv_lens, mask and others may be arrays of JAX, which it traces: to it they are arguments.
+    arrays = {
+        name: options.pop(name) for name in [*options] if isinstance(options[name], jax.Array)
+    }
+    message = f"{', '.join(arrays)}: a gradient was asked for; expected stop_gradient of them"
+    arrays = refuse_to_differentiate(lambda x: x, message)(arrays)
 
-    def attention(q, k, v, bias=None, sinks=None, **arrays):
-        # Of the options, those that are arrays: kv_lens, offset, mask and so on.
-        message = f"{', '.join(arrays)}: a gradient was asked for; expected stop_gradient of them"
-        arrays = refuse_to_differentiate(lambda x: x, message)(arrays)
+    def attention(q, k, v, bias=None, sinks=None):
         return differentiable(q, k, v, bias, sinks, arrays)
 
     @jax.custom_vjp

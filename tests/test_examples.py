@@ -303,10 +303,10 @@ OPTIONS = {
 def test_options_that_jax_traces(example, name, how):
     jax = pytest.importorskip("jax")
     x = np.random.default_rng(0).standard_normal((2, 3, 2, 4)).astype(np.float32)
-    attention = example("jax_attention").attention_of(causal=True)
+    attention_of = example("jax_attention").attention_of
 
     def loss(x, option):
-        return attention(x, x, x, **{name: option}).sum()
+        return attention_of(causal=True, **{name: option})(x, x, x).sum()
 
     gradient = jax.grad(loss)
     attend = {
@@ -326,8 +326,8 @@ def test_options_that_jax_traces(example, name, how):
 def test_an_offset_that_jax_traces_is_one_number(example):
     jax = pytest.importorskip("jax")
     x = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
-    attention = example("jax_attention").attention_of(causal=True)
-    found = jax.jit(lambda offset: attention(x, x, x, offset=offset))(1)
+    attention_of = example("jax_attention").attention_of
+    found = jax.jit(lambda offset: attention_of(causal=True, offset=offset)(x, x, x))(1)
     np.testing.assert_array_equal(found, cuflash.attention(x, x, x, causal=True, offset=1))
 
 
@@ -335,8 +335,8 @@ def test_an_offset_that_jax_traces_is_one_number(example):
 def test_what_has_no_gradient_in_the_jax_example_is_refused(example, jit):
     jax = pytest.importorskip("jax")
     x, slopes = jax.numpy.ones((1, 3, 2, 4)), jax.numpy.ones(2)
-    attention = example("jax_attention").attention_of()
-    gradient = jax.grad(lambda slopes: attention(x, x, x, alibi_slopes=slopes).sum())
+    attention_of = example("jax_attention").attention_of
+    gradient = jax.grad(lambda slopes: attention_of(alibi_slopes=slopes)(x, x, x).sum())
     message = "^cuflash.attention: alibi_slopes: a gradient was asked for; expected stop_gradient"
     with pytest.raises(NotImplementedError, match=message):
         (jax.jit(gradient) if jit else gradient)(slopes)
