@@ -172,7 +172,11 @@ def warn_of_lost_gradients(function: str, arguments: Mapping[str, Any], stacklev
     torch = sys.modules.get("torch")
     if torch is None or not torch.is_grad_enabled():
         return
-    for name, x in arguments.items():
+    found = [pair for pair in arguments.items() if pair[1] is not None]
+    for name in STRUCTURES:
+        if (x := arguments.get(name)) is not None and _is_structure(type(x)):
+            found += x.arrays().items()
+    for name, x in found:
         if isinstance(x, torch.Tensor) and x.requires_grad:
             warnings.warn(
                 f"cuflash.{function}: {name} requires grad, which the result does not carry on; "

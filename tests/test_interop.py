@@ -15,7 +15,7 @@ import pytest
 from unreal_gpu import DV, HK, HQ, LSE, OUT, SHAPES, SK, SQ, B, D
 
 import cuflash
-from cuflash import ScoreMod, interop, reference
+from cuflash import ScoreMod, interop, masks, reference
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 TOLERANCE = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-12}
@@ -241,6 +241,18 @@ def test_a_gradient_that_torch_would_lose_is_warned_of(name: str) -> None:
     with pytest.warns(UserWarning, match=f"^cuflash.attention: {name} {NO_GRADIENT}") as caught:
         assert not cuflash.attention(**arrays).requires_grad
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_gradient_of_a_named_array_that_torch_would_lose_is_warned_of() -> None:
+    torch = torch_kind()
+    weights = torch.make(np.ones(SK, np.float32)).requires_grad_()
+    function = ScoreMod(
+        "score * w(j)",
+        numpy_forward=lambda score, b, h, i, j, w: score * w[j],
+        named={"w": weights},
+    )
+    with pytest.warns(UserWarning, match=f"^cuflash.attention: score_mod w {NO_GRADIENT}"):
+        cuflash.attention(*map(torch.make, tensors().values()), score_mod=function)
 
 
 @pytest.mark.parametrize("name", ["dout", "dlse"])
@@ -475,6 +487,10 @@ def test_a_backward_writes_to_no_out() -> None:
 # JAX
 
 
+def lengths(kv_lens: Any, as_mask: bool) -> dict[str, Any]:
+    return {"mask": masks.lengths(kv_lens)} if as_mask else {"kv_lens": kv_lens}
+
+
 def test_a_tracer_is_refused() -> None:
     jax = pytest.importorskip("jax")
     q, k, v = map(jax_kind().make, tensors().values())
@@ -486,6 +502,12 @@ def test_a_tracer_is_refused() -> None:
         jax.jit(cuflash.attention)(q, k, v)
     with pytest.raises(TypeError, match=message):
         jax.grad(lambda q: cuflash.attention(q, k, v).sum())(q)
+    message = f"kv_lens {message.removeprefix('q ')}, options among them"
+    for mask in (False, True):
+        with pytest.raises(TypeError, match=message):
+            jax.jit(lambda x, mask=mask: cuflash.attention(**tensors(), **lengths(x, mask)))(
+                jax.numpy.array([1, 2])
+            )
 
 
 def test_float64_of_jax_stays_float64() -> None:
