@@ -92,11 +92,18 @@ class EmulatedBackend(_Backend):
     dtypes = ("float16", "bfloat16")
 
     def __init__(
-        self, capability: int = 80, schedule: str = "lazy", seed: int = 0, threads: int = 2
+        self,
+        capability: int = 80,
+        schedule: str = "lazy",
+        seed: int = 0,
+        threads: int = 2,
+        order: Sequence[int] | None = None,
     ) -> None:
         self.name = f"emulated-{capability}"
         self.launches: list[Launch] = []  # of all calls
-        self._make_gpu = lambda inputs: EmulatedGpu(capability, schedule, seed, inputs, threads)
+        self._make_gpu = lambda inputs: EmulatedGpu(
+            capability, schedule, seed, inputs, threads, order
+        )
 
     def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         from cuflash import _launch
@@ -198,11 +205,13 @@ class EmulatedGpu:
         seed: int,
         inputs: Sequence[np.ndarray],
         threads: int = 2,
+        order: Sequence[int] | None = None,
     ) -> None:
         self.device = _traits.Device(capability, l2_bytes=1 << 20, sms=3)
         self.launches: list[Launch] = []
         self._schedule, self._seed = schedule, seed
         self._threads = threads  # of the host, each with a block at a time
+        self._order = order  # in which the blocks start whose sums have one
         self.buffers = list(inputs)
         self._stream: list[tuple[_traits.Kernel, int, bytes]] = []
 
@@ -237,6 +246,7 @@ class EmulatedGpu:
         with ThreadPoolExecutor(2) as threads:
             compiled = dict(zip(kernels, threads.map(_emulated_kernel, kernels), strict=True))
         for kernel, blocks, params in stream:
+            deterministic = bool(dict(kernel.constants).get("DETERMINISTIC", 0))
             stats = compiled[kernel].launch(
                 (blocks,),
                 (kernel.threads,),
@@ -246,7 +256,10 @@ class EmulatedGpu:
                 seed=self._seed,
                 threads=self._threads,
                 buffers=self.buffers,
+                deterministic=deterministic,
+                order=self._order if deterministic else None,
             )
+            assert not stats.bytes_past_extents, f"{kernel.source} stores past the end of rows"
             self.launches.append(Launch(kernel, blocks, stats, tuple(self.buffers)))
 
     def _keep(self, array: np.ndarray) -> np.ndarray:
@@ -268,7 +281,9 @@ def _poison(dtype: Any) -> Any:
 
 
 def _arrays_of(problem: Problem | GradientProblem) -> list[np.ndarray]:
+    """What a call is given: to read, but for the place that a forward writes its result to."""
     arrays = []
+    writes_out = isinstance(problem, (Problem, PackedProblem))
     for name in problem.__slots__:
         value = getattr(problem, name)
         if isinstance(value, (Problem, PackedProblem)):
@@ -277,8 +292,14 @@ def _arrays_of(problem: Problem | GradientProblem) -> list[np.ndarray]:
             arrays += value.arrays().values()
             arrays += _arrays_in(getattr(value, "tables", {}))
         elif isinstance(value, np.ndarray):
-            arrays.append(value)
+            arrays.append(value if name == "out" and writes_out else _read_only(value))
     return arrays
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
 def _arrays_in(kept: Any) -> list[np.ndarray]:

@@ -214,6 +214,30 @@ def test_a_load_looks_at_the_own_address_of_its_map(schedule: str) -> None:
     np.testing.assert_array_equal(array[8:].reshape(-1), -out)
 
 
+@pytest.mark.parametrize("columns", [16, 20, 24])
+def test_stores_cut_rows_at_multiples_of_16_bytes(columns: int) -> None:
+    """In 16 bits a row of 20 columns ends inside a chunk: columns 20 to 23 are written too."""
+    caller = np.ones((8, 32), np.float16)
+    tile = np.arange(8 * 32, dtype=np.float16).reshape(8, 32)
+    text = f""".version 8.8 .target sm_90a .address_size 64
+        .extern .shared .align 1024 .b8 smem[];
+        .entry test(.param .align 64 .b8 map[128], .param .u64 p1) {{
+        .reg .pred %p<8>; .reg .b32 %r<8>; .reg .b64 %rd<16>;
+        mov.b64 %rd10, map; cvta.param.u64 %rd11, %rd10; ld.param.u64 %rd1, [p1];
+        mov.u32 %r0, %tid.x; {BARRIER} {bulk_load(1, tile.nbytes)} {WAIT}
+        @%p1 cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%rd11, {{0, 0}}], [%r2];
+        @%p1 cp.async.bulk.commit_group; @%p1 cp.async.bulk.wait_group 0; ret; }}"""
+    rows = tensor_map(caller[:, :columns], (8, 32), swizzle=0)
+    stats = launch(load(text), rows, tile, buffers=[caller, tile])
+    written = -(-columns // 8) * 8
+    np.testing.assert_array_equal(caller[:, :written], tile[:, :written])
+    np.testing.assert_array_equal(caller[:, written:], 1)
+    assert stats.bytes_past_extents == 8 * 2 * (written - columns)
+    if columns == 20:  # the last row's end is the end of the array
+        with pytest.raises(EmulatorError, match="bulk store of 16 bytes .* is out of bounds"):
+            launch(load(text), rows, tile, buffers=[caller[:, :columns], tile])
+
+
 def test_tensor_maps_that_the_driver_would_refuse() -> None:
     x = np.zeros((8, 64), np.float32)
     with pytest.raises(ValueError, match="256 bytes wide"):

@@ -19,6 +19,15 @@ def _without_policy(i: Instruction) -> tuple[str, ...]:
     return i.operands[:-1] if "L2::cache_hint" in i else i.operands
 
 
+def _order(i: Instruction, unnamed: str) -> str:
+    """The C++ Order of a strong access or a fence; `unnamed`: the scope if it names none."""
+    scope = next((m for m in i.modifiers if m in ("cta", "cluster", "gpu", "sys", "gl")), unnamed)
+    acquires = any(m in i for m in ("acquire", "acq_rel", "sc"))
+    releases = any(m in i for m in ("release", "acq_rel", "sc"))
+    cpp_scope = "cta" if scope in ("cta", "cluster") else "gpu"
+    return f"Order{{Scope::{cpp_scope}, {int(acquires)}, {int(releases)}}}"
+
+
 def load(t: Translator, i: Instruction) -> str:
     i.allow(f"{_SCOPES} v2 v4 v8 unified")
     target, source = _without_policy(i)
@@ -32,11 +41,12 @@ def load(t: Translator, i: Instruction) -> str:
         where = f"local_at({address}, sizeof v, frame, sizeof frame)"
         return f"{{ {v} std::memcpy(v, {where}, sizeof v); {stores} }}"
     space = "global" if i.space == "const" else i.space
-    watch = ""
-    if any(m in i for m in ("acquire", "relaxed", "volatile")):
-        generic = f"shared_to_generic({address})" if space == "shared" else address
-        watch = f" polled({generic}, (u64)v[0]);"
-    return f"{{ {v} load_{space}(v, {address});{watch} {stores} }}"
+    if not any(m in i for m in ("acquire", "relaxed", "volatile")):
+        return f"{{ {v} load_{space}(v, {address}); {stores} }}"
+    generic = f"shared_to_generic({address})" if space == "shared" else address
+    load = f"load_shared(v, {address})" if space == "shared" else None
+    load = load or f"load_strong(v, {address}, {_order(i, 'sys')})"
+    return f"{{ {v} {load}; polled({generic}, (u64)v[0]); {stores} }}"
 
 
 def store(t: Translator, i: Instruction) -> str:
@@ -52,6 +62,8 @@ def store(t: Translator, i: Instruction) -> str:
     if i.space == "local":
         where = f"local_at({address}, sizeof v, frame, sizeof frame)"
         return f"{{ {v} std::memcpy({where}, v, sizeof v); }}"
+    if i.space != "shared" and any(m in i for m in ("release", "relaxed", "volatile")):
+        return f"{{ {v} store_strong(v, {address}, {_order(i, 'sys')}); }}"
     return f"{{ {v} store_{i.space}(v, {address}); }}"
 
 
@@ -65,25 +77,33 @@ def atomic(t: Translator, i: Instruction) -> str:
     address = t.address(operands[0], i.space)
     operator = operation + "_" if operation in ("and", "or", "xor") else operation
     cpp = {"f16x2": "F16x2", "bf16x2": "BF16x2"}.get(i.type) or value_type(i.type)
-    where = {"shared": "shared_atomic({}, {})", "global": "global_at({}, {}, true)"}.get(
-        i.space, "generic_atomic({}, {})"
-    )
     values = elements(operands[1])
     size = TYPE_BYTES[i.type]
-    code = [f"u8* p = (u8*){where.format(address, size * len(values))};"]
+    width = size * len(values)
+    order = _order(i, "gpu")
+    kind = "float_sum" if operation == "add" and "f" in i.type else "atomic"
+    if i.space == "shared":
+        before = f"u8* p = (u8*)shared_atomic({address}, {width});"
+        code = []
+    else:
+        before = f"u8* p = (u8*)strong_at({address}, {width}, Strong::{kind}, {order});"
+        code = [f"const StrongAtomic together(p, {order}, {int(returns)});"]
     for n, x in enumerate(values):
         others = "".join(f", as<{cpp}>({t.raw(o, i.type)})" for o in operands[2:])
         code.append(
             f"const {cpp} old{n} = atomic<Atomic::{operator}, {cpp}>"
             f"(p + {n * size}, as<{cpp}>({t.raw(x, i.type)}){others});"
         )
+    after = ""
     if target is not None:
-        kind = bits_type(i.type)
+        bits = bits_type(i.type)
         code += [
-            t.assign(x, f"bits(old{n})", kind) for n, x in enumerate(elements(target)) if x != "_"
+            t.assign(x, f"bits(old{n})", bits) for n, x in enumerate(elements(target)) if x != "_"
         ]
-        code.append("polled((u64)p, (u64)bits(old0));")
-    return f"{{ {' '.join(code)} }}"
+        before += " u64 old;"
+        code.append("old = (u64)bits(old0);")
+        after = "polled((u64)p, old);"
+    return f"{{ {before} {{ {' '.join(code)} }} {after} }}"
 
 
 def convert_address(t: Translator, i: Instruction) -> str:
@@ -140,7 +160,11 @@ def yields(t: Translator, i: Instruction) -> str:
 
 
 def memory_fence(t: Translator, i: Instruction) -> str:
-    return "__atomic_thread_fence(__ATOMIC_SEQ_CST);"
+    """fence and membar; blocks notice those of the GPU's scope or a wider one."""
+    if not any(m in i for m in ("gpu", "sys", "gl")):
+        return "__atomic_thread_fence(__ATOMIC_SEQ_CST);"
+    both = i.base == "membar" or not any(m in i for m in ("acquire", "release"))
+    return f"fence({int(both or 'acquire' in i)}, {int(both or 'release' in i)});"
 
 
 def fence_proxy(t: Translator, i: Instruction) -> str:
@@ -324,6 +348,12 @@ def bulk(t: Translator, i: Instruction) -> str:
     return f"bulk_copy(Bulk::{op}, {element}, {where}, {size}, {barrier_address});"
 
 
+def bulk_wait(t: Translator, i: Instruction) -> str:
+    """With .read only until shared memory has been read."""
+    i.allow("async bulk wait_group read")
+    return f"bulk_wait({t.value(i.operands[0], 'u64')}, {int('read' in i)});"
+
+
 def mbarrier(t: Translator, i: Instruction) -> str:
     """mbarrier.init, inval, expect_tx, arrive, arrive_drop, try_wait and test_wait."""
     i.allow(
@@ -425,7 +455,7 @@ HANDLERS = {
     "cp.reduce.async.bulk.tensor": bulk_tensor,
     "cp.async.bulk.prefetch": nothing,
     "cp.async.bulk.commit_group": _call("bulk_commit"),
-    "cp.async.bulk.wait_group": _call("bulk_wait"),
+    "cp.async.bulk.wait_group": bulk_wait,
     "mbarrier": mbarrier,
     "wgmma.mma_async": wgmma,
     "wgmma.fence": _call("wgmma_fence"),

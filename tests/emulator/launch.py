@@ -39,16 +39,18 @@ class _Options(ctypes.Structure):
         ("races", ctypes.c_uint8),
         ("poison", ctypes.c_uint8),
         ("allow_same_value", ctypes.c_uint8),
+        ("deterministic", ctypes.c_uint8),
         ("parameters", ctypes.c_void_p),
         ("parameter_bytes", ctypes.c_uint64),
         ("buffers", ctypes.c_void_p),
         ("buffer_count", ctypes.c_uint64),
         ("bytes_read", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
     ]
 
 
 _COUNTERS = ("switches", "mma", "wgmma", "tma_loads", "tma_stores", "cp_async", "bytes_loaded")
-_COUNTERS += ("bank_wavefronts", "bank_ideal", "registers")
+_COUNTERS += ("bank_wavefronts", "bank_ideal", "registers", "bytes_past_extents")
 
 
 class _Counters(ctypes.Structure):
@@ -72,6 +74,7 @@ class Stats:
     bank_wavefronts: int  # of ldmatrix and stmatrix
     bank_ideal: int  # the same without conflicts: one per 8 rows of 16 bytes
     registers: int  # most registers that a block held at once
+    bytes_past_extents: int  # written by TMA stores, which cut rows at multiples of 16 bytes
     bytes_read: tuple[int, ...]  # of each of `buffers`, by loads, cp.async and bulk copies
 
 
@@ -82,12 +85,16 @@ class Kernel:
         schedule: "eager" (round robin, asynchronous work at once), "lazy" (as late as possible, the
             highest warp first) or "random" by `seed`.
         threads: OS threads; each takes the next block: in linear order if eager, from the last if
-            lazy, in an order by `seed` if random.
+            lazy, in an order by `seed` if random. With one, blocks run one at a time, and one that
+            waits for another that has not started is a deadlock.
+        order: the linear numbers of the blocks, in the order in which they are to start.
         buffers: if given, every global access has to lie in the memory of one of these arrays, and
             every write in one that is writeable. What lies in several counts as the first's.
-        races: detect races and missing proxy fences in shared memory.
+        races: detect races in shared and global memory, missing proxy fences in shared memory.
+        deterministic: that floats are added to one address in no order is a race as well.
         poison: fill shared memory and what is in flight with NaN.
-        allow_same_value: unordered writes of the value that is there already are no race.
+        allow_same_value: unordered writes of the value that is there already are no race; in global
+            memory no two writes of one block are.
     """
 
     def __init__(self, ptx: str, entry: str | None) -> None:
@@ -115,6 +122,8 @@ class Kernel:
         races: bool = True,
         poison: bool = True,
         allow_same_value: bool = False,
+        deterministic: bool = False,
+        order: Sequence[int] | None = None,
     ) -> Stats:
         """Runs the whole grid; the class describes the options.
 
@@ -134,6 +143,9 @@ class Kernel:
         parameters = self._pack(args)
         ranges = self._ranges(() if buffers is None else buffers)
         bytes_read = np.zeros(len(ranges), np.uint64)
+        if order is not None and sorted(order) != list(range(np.prod(extents[0]))):
+            raise ValueError(f"launch: order is {order}, must have each block of {grid} once")
+        starts = None if order is None else np.array(order, np.uint32)
         options = _Options(
             *extents,
             schedule=_SCHEDULES.index(schedule),
@@ -145,11 +157,13 @@ class Kernel:
             races=races,
             poison=poison,
             allow_same_value=allow_same_value,
+            deterministic=deterministic,
             parameters=parameters.ctypes.data,
             parameter_bytes=parameters.nbytes,
             buffers=None if buffers is None else ranges.ctypes.data,
             buffer_count=0 if buffers is None else len(ranges),
             bytes_read=bytes_read.ctypes.data,
+            order=None if starts is None else starts.ctypes.data,
         )
         counters = self._run(options)
         return Stats(*counters, tuple(bytes_read[:-1].tolist()))  # all but the module's own

@@ -14,12 +14,13 @@ void cp_async(u32 destination, u64 source, u32 bytes, u32 source_bytes) {
     if (source % bytes)
       fail("cp.async: misaligned global address 0x%llx, needs %u",
            static_cast<unsigned long long>(source), bytes);
-    check_global(source, source_bytes, false, "cp.async");
   }
   while (w.copy_times.size() <= t.copy_groups.size()) w.copy_times.push_back(++cta->time);
   const int actor = kCopyUnit + w.id;
   Clock clock = w.clock;
   clock.seen[actor] = std::max(clock.seen[actor], w.copy_times[t.copy_groups.size()]);
+  if (source_bytes)
+    check_global(source, source_bytes, {.what = "cp.async", .actor = actor, .clock = &clock});
   check_shared(destination, bytes,
                {.what = "cp.async", .actor = actor, .clock = &clock, .write = true});
   t.copies.push_back({destination, source, bytes, source_bytes});
@@ -85,6 +86,9 @@ u32 swizzled(u32 address, u32 span) {
   return span == 0 ? address : address ^ (address >> 7 & (span / 16 - 1)) << 4;
 }
 
+static const char* name_of(Bulk op) {
+  return op == Bulk::load ? "bulk load" : op == Bulk::store ? "bulk store" : "bulk reduce";
+}
 template <class T>
 static void add_to(u8* global, const u8* shared) {
   T value;
@@ -92,12 +96,19 @@ static void add_to(u8* global, const u8* shared) {
   atomic<Atomic::add>(global, value);
 }
 static void move(const AsyncCopy& copy, u8* shared, u8* global, u32 bytes) {
-  if (copy.op == Bulk::load) {
-    check_global(reinterpret_cast<u64>(global), bytes, false, "bulk load");
+  const bool loads = copy.op == Bulk::load, adds = copy.op == Bulk::reduce;
+  const bool adds_floats = adds && copy.map.element != Element::u32;
+  check_global(reinterpret_cast<u64>(global), bytes,
+               {.what = name_of(copy.op),
+                .actor = copy.global_actor,
+                .clock = &copy.clock,
+                .write = !loads,
+                .scope = adds ? Scope::gpu : Scope::weak,
+                .adds_floats = adds_floats});
+  if (loads) {
     std::memcpy(shared, global, bytes);
     return;
   }
-  check_global(reinterpret_cast<u64>(global), bytes, true, "bulk store");
   if (copy.op == Bulk::store) {
     std::memcpy(global, shared, bytes);
     return;
@@ -115,8 +126,8 @@ static void move(const AsyncCopy& copy, u8* shared, u8* global, u32 bytes) {
       fail("bulk reduce: the element type of the tensor map cannot be added");
   }
 }
-// One row of the box: 16-byte chunks, swizzled; elements outside the tensor read as zero and are
-// not written.
+// One row of the box: 16-byte chunks, swizzled; elements outside the tensor read as zero. Stores
+// leave out whole chunks only: of one that the tensor's end divides, all is written.
 static void copy_row(const AsyncCopy& copy, u32 shared_row, u8* global_row, bool inside) {
   const TensorMap& m = copy.map;
   const u32 size = m.element_bytes, step = copy.op == Bulk::reduce ? size : 16;
@@ -124,6 +135,12 @@ static void copy_row(const AsyncCopy& copy, u32 shared_row, u8* global_row, bool
     u8* shared = shared_at(swizzled(shared_row + offset / 16 * 16, m.swizzle_bytes)) + offset % 16;
     const i64 first = i64{copy.at[0]} + offset / size, end = first + step / size;
     if (inside && first >= 0 && end <= m.extent[0]) {
+      move(copy, shared, global_row + first * size, step);
+      continue;
+    }
+    if (inside && copy.op == Bulk::store && 0 <= first && first < m.extent[0] &&
+        first * size % step == 0) {
+      cta->stats.bytes_past_extents += (end - m.extent[0]) * size;
       move(copy, shared, global_row + first * size, step);
       continue;
     }
@@ -157,7 +174,9 @@ void complete_async(size_t i) {
   } else {
     Thread* running = cta->current;
     cta->current = copy->thread;  // whom an error concerns
+    std::swap(copy->thread->line, copy->line);
     execute(*copy);
+    std::swap(copy->thread->line, copy->line);
     cta->current = running;
     if (copy->op != Bulk::load) return;  // its thread waits for it
   }
@@ -170,17 +189,20 @@ void complete_async(size_t i) {
 }
 
 static void issue(Bulk op, u32 shared, const TensorMap& map, const i32* at, Mbarrier* barrier) {
-  const char* what = op == Bulk::load    ? "bulk load"
-                     : op == Bulk::store ? "bulk store"
-                                         : "bulk reduce";
   Thread& t = *cta->current;
-  auto* copy = new AsyncCopy{op, shared, map, {}, barrier, 0, 0, t.warp->clock, &t};
+  auto* copy = new AsyncCopy{op, shared, map, {}, barrier, 0, 0, t.warp->clock, &t, t.line};
   std::copy_n(at, map.rank, copy->at);
-  copy->actor = op == Bulk::load ? kBulkLoad + cta->next_load_unit++ % kBulkLoads
-                                 : kBulkStore + cta->next_store_unit++ % kBulkStores;
+  if (op == Bulk::load) {
+    copy->actor = copy->global_actor = kBulkLoad + cta->next_load_unit++ % kBulkLoads;
+  } else {
+    const int unit = cta->next_store_unit++;
+    copy->actor = kBulkStore + unit % kBulkStores;
+    copy->global_actor = kBulkWrite + unit % kBulkWrites;
+  }
   copy->time = copy->clock.seen[copy->actor] = ++cta->time;
+  copy->clock.seen[copy->global_actor] = copy->time;
   check_shared(shared, map.box_bytes(),
-               {.what = what,
+               {.what = name_of(op),
                 .actor = copy->actor,
                 .clock = &copy->clock,
                 .write = op == Bulk::load,
@@ -235,7 +257,10 @@ void bulk_commit() {
   Thread& t = *cta->current;
   t.store_groups.push_back(t.stores.size());
 }
-void bulk_wait(u64 groups_in_flight) {
+static void see(Clock& clock, int actor, u32 time) {
+  clock.seen[actor] = std::max(clock.seen[actor], time);
+}
+void bulk_wait(u64 groups_in_flight, bool only_read) {
   Thread& t = *cta->current;
   if (t.store_groups.size() <= groups_in_flight) return;
   const size_t end = t.store_groups[t.store_groups.size() - groups_in_flight - 1];
@@ -244,9 +269,14 @@ void bulk_wait(u64 groups_in_flight) {
     auto& pending = cta->pending;
     if (!copy->done)
       complete_async(std::find(pending.begin(), pending.end(), copy) - pending.begin());
-    u32& seen = t.warp->clock.seen[copy->actor];
-    seen = std::max(seen, copy->time);
+    see(t.warp->clock, copy->actor, copy->time);
+    t.stores_read.emplace_back(copy->global_actor, copy->time);
     delete copy;
+  }
+  if (only_read) return;
+  for (; t.stores_written < end; t.stores_written++) {
+    const auto [actor, time] = t.stores_read[t.stores_written];
+    see(t.warp->clock, actor, time);
   }
 }
 

@@ -61,7 +61,7 @@ u32 random_bits() {  // xorshift
 
 void made_progress() {
   if (cta->idle_rounds == 0) return;
-  cta->idle_rounds = 0;
+  cta->idle_rounds = cta->rounds_alone = 0;
   cta->launch->spinning--;
   cta->launch->progress++;
 }
@@ -103,6 +103,13 @@ void wake(u32 (&lanes)[kMaxWarps]) {
     snprintf(text, sizeof text, " (PTX line %u)", t.line);
     report += text;
   }
+  const Launch& launch = *cta->launch;
+  const size_t blocks = launch.order.size(), started = std::min<size_t>(launch.next_block, blocks);
+  if (started < blocks) {
+    snprintf(text, sizeof text, "\n  %zu of the %zu blocks have not started", blocks - started,
+             blocks);
+    report += text;
+  }
   for (const Mbarrier* m : cta->mbarriers) {
     snprintf(text, sizeof text,
              "\n  mbarrier smem+0x%x: phase %u, %u of %u arrivals pending, %lld bytes expected",
@@ -129,7 +136,9 @@ static bool spin_is_hopeless() {
     cta->idle_since = seconds();
   }
   if (cta->idle_rounds > 10 && launch.running > 1) usleep(50);
-  return cta->idle_rounds > 100 && seconds() - cta->idle_since > kPatience;
+  cta->rounds_alone = launch.running == 1 ? cta->rounds_alone + 1 : 0;
+  return cta->rounds_alone > 100 ||
+         (cta->idle_rounds > 100 && seconds() - cta->idle_since > kPatience);
 }
 
 static int choose_warp() {
@@ -259,7 +268,9 @@ static void reset_thread(int i, Dim ctaid) {
   t.line = t.proxy_fences = 0;
   t.peeked_offset = ~0u;
   t.polled_address = ~0ull;
-  t.copies_done = t.stores_done = t.wgmma_issued = t.wgmma_groups_done = 0;
+  t.copies_done = t.stores_done = t.stores_written = t.wgmma_issued = t.wgmma_groups_done = 0;
+  t.observed.clear(), t.stores_read.clear();
+  t.fenced = nullptr;
   t.copies.clear(), t.copy_groups.clear(), t.stores.clear(), t.store_groups.clear();
   t.accumulators.clear(), t.a_fragments.clear(), t.register_in_flight.clear(),
       t.wgmma_groups.clear();
@@ -273,13 +284,17 @@ static void reset_thread(int i, Dim ctaid) {
   t.stack_pointer = top - 8;
 }
 
-void run_block(Dim ctaid) {
+void run_block(u32 number) {
   Block& b = *cta;
   const Options& o = *b.options;
+  const Dim ctaid{number % o.grid[0], number / o.grid[0] % o.grid[1],
+                  number / o.grid[0] / o.grid[1]};
+  b.number = number;
+  for (auto& list : b.acquired) list.clear();
   b.thread_count = b.alive = o.block[0] * o.block[1] * o.block[2];
   b.warp_count = b.thread_count / 32;
   b.ready_warps = (1u << b.warp_count) - 1;
-  b.current_warp = b.idle_rounds = b.next_load_unit = b.next_store_unit = 0;
+  b.current_warp = b.idle_rounds = b.rounds_alone = b.next_load_unit = b.next_store_unit = 0;
   if (o.poison) std::memset(b.shared, 0xff, b.shared_bytes);
   for (Mbarrier* m : b.mbarriers) delete m;
   for (AsyncCopy* copy : b.pending) delete copy;
@@ -295,7 +310,7 @@ void run_block(Dim ctaid) {
   b.current = &next_thread(true);
   switch_stack(&b.main_stack_pointer, b.current->stack_pointer);
   if (b.idle_rounds) b.launch->spinning--;
-  b.idle_rounds = 0;
+  b.idle_rounds = b.rounds_alone = 0;
   if (!b.failed && std::any_of(b.pending.begin(), b.pending.end(),
                                [](auto* c) { return c->op == Bulk::load; })) {
     b.failed = true;

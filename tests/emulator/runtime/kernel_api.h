@@ -26,11 +26,34 @@ void* shared_atomic(u32 address, u32 bytes);
 void* global_at(u64 address, u32 bytes, bool write);
 const void* generic_read(u64 address, u32 bytes);
 void generic_write(u64 address, const void* value, u32 bytes);
-void* generic_atomic(u64 address, u32 bytes);
 void* local_at(u64 address, u32 bytes, const void* frame, u64 frame_bytes);
 u64 shared_to_generic(u32 address);
 u32 generic_to_shared(u64 address);
 bool is_shared(u64 address);
+
+// Strong accesses to global and generic addresses; clusters are of one block.
+enum class Scope : u8 { weak, cta, gpu };
+struct Order {
+  Scope scope;
+  bool acquires, releases;
+};
+enum class Strong { load, store, atomic, float_sum };
+void* strong_at(u64 address, u32 bytes, Strong access, Order order);
+void load_strong(void* value, const void* memory, u32 bytes, Order order);
+void store_strong(void* memory, const void* value, u32 bytes, Order order);
+// Around an atomic operation: memory and what is published with it change together.
+class StrongAtomic {
+ public:
+  StrongAtomic(void* memory, Order order, bool reads);
+  ~StrongAtomic();
+
+ private:
+  u64 address;
+  Order order;
+  bool reads, locked;
+  void* mine = nullptr;
+};
+void fence(bool acquires, bool releases);  // at the scope of the GPU
 void polled(u64 address,
             u64 value);  // after a strong load or an atomic: lets others run in spin loops
 
@@ -67,7 +90,7 @@ void tma(Bulk op, u32 shared, u64 tensor_map, u32 barrier, int rank, const i32* 
 enum class Element { bytes, f32, f16, bf16, u32 };
 void bulk_copy(Bulk op, Element type, u32 shared, u64 global, u32 bytes, u32 barrier);
 void bulk_commit();
-void bulk_wait(u64 groups_in_flight);
+void bulk_wait(u64 groups_in_flight, bool only_read);
 void fence_proxy_async();
 
 // Warpgroup matrix products. Registers that they touch live in one array; tuples are tables of
@@ -99,6 +122,14 @@ inline void load_global(V& v, u64 address) {
 template <class V>
 inline void store_global(const V& v, u64 address) {
   std::memcpy(global_at(address, sizeof v, true), &v, sizeof v);
+}
+template <class V>
+inline void load_strong(V& v, u64 address, Order order) {
+  load_strong(&v, strong_at(address, sizeof v, Strong::load, order), sizeof v, order);
+}
+template <class V>
+inline void store_strong(const V& v, u64 address, Order order) {
+  store_strong(strong_at(address, sizeof v, Strong::store, order), &v, sizeof v, order);
 }
 template <class V>
 inline void load_generic(V& v, u64 address) {

@@ -1,6 +1,6 @@
 // Entry point: runs the blocks of a grid on OS threads, each on the next free thread. No order of
 // blocks is promised to a kernel: eager schedules take them as they are numbered, lazy ones from
-// the last, random ones by the seed.
+// the last, random ones by the seed; or a launch says in which order.
 #include <signal.h>
 #include <sys/mman.h>
 
@@ -23,6 +23,7 @@ void Stats::add(const Stats& o) {
       bytes_loaded += o.bytes_loaded;
   bank_wavefronts += o.bank_wavefronts, bank_ideal += o.bank_ideal;
   registers = std::max(registers, o.registers);
+  bytes_past_extents += o.bytes_past_extents;
 }
 
 static void on_fault(int signal_number, siginfo_t* info, void*) {
@@ -63,6 +64,7 @@ static std::unique_ptr<Block> take_block(Launch& launch) {
   b->stats = {};
   b->bytes_read.assign(launch.options->buffer_count, 0);
   b->failed = false;
+  std::fill(std::begin(b->recent_pages), std::end(b->recent_pages), Block::RecentPage{});
   b->shared_bytes = launch.options->static_shared + launch.options->dynamic_shared;
   mprotect(b->shared, (kSharedMax + 4095) & ~4095u, PROT_NONE);
   mprotect(b->shared, (b->shared_bytes + 4095) & ~4095u, PROT_READ | PROT_WRITE);
@@ -71,6 +73,10 @@ static std::unique_ptr<Block> take_block(Launch& launch) {
 
 static std::vector<u32> order_of_blocks(const Options& o) {
   std::vector<u32> order(o.grid[0] * o.grid[1] * o.grid[2]);
+  if (o.order) {
+    std::copy_n(o.order, order.size(), order.begin());
+    return order;
+  }
   std::iota(order.begin(), order.end(), 0u);
   if (o.schedule == kLazy) std::reverse(order.begin(), order.end());
   if (o.schedule == kRandom) std::shuffle(order.begin(), order.end(), std::mt19937_64(o.seed));
@@ -88,7 +94,7 @@ static void run_blocks(Launch& launch, std::string& error, Stats& stats) {
     cta->random_state = (o.seed + 1) * 0x9E3779B97F4A7C15ull ^ (i + 1) * 0xD1B54A32D192ED03ull;
     random_bits();
     cta->peek_seed = random_bits();
-    run_block({i % o.grid[0], i / o.grid[0] % o.grid[1], i / o.grid[0] / o.grid[1]});
+    run_block(i);
     if (cta->failed && !launch.failed.exchange(true)) error = cta->error;
   }
   launch.running--;

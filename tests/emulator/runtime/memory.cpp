@@ -24,18 +24,22 @@ static void report_out_of_bounds(u64 address, u32 bytes, const char* what) {
       static_cast<unsigned long long>(b.end - b.begin));
 }
 
-void check_global(u64 address, u32 bytes, bool write, const char* what) {
+void check_global(u64 address, u32 bytes, const GlobalAccess& access) {
   const Options& o = *cta->options;
-  if (!o.buffers) return;
-  for (u64 i = 0; i < o.buffer_count; i++) {
-    const Buffer& b = o.buffers[i];
-    if (address < b.begin || address + bytes > b.end) continue;
-    if (write && !b.writable)
-      fail("%s writes to read-only buffer number %llu", what, static_cast<unsigned long long>(i));
-    if (!write) cta->bytes_read[i] += bytes;
-    return;
+  u64 i = 0;
+  while (i < o.buffer_count && (address < o.buffers[i].begin || address + bytes > o.buffers[i].end))
+    i++;
+  if (i < o.buffer_count) {
+    const bool writable = o.buffers[i].writable;
+    if (access.write && !writable)
+      fail("%s writes to read-only buffer number %llu", access.what,
+           static_cast<unsigned long long>(i));
+    if (!access.write) cta->bytes_read[i] += bytes;
+    if (!writable) return;  // nobody writes there
+  } else if (o.buffers) {
+    report_out_of_bounds(address, bytes, access.what);
   }
-  report_out_of_bounds(address, bytes, what);
+  if (o.races) note_global(address, bytes, access);
 }
 
 void check_mapped(u64 address, const char* what) {
@@ -46,13 +50,19 @@ void check_mapped(u64 address, const char* what) {
   report_out_of_bounds(address, 1, what);
 }
 
+static void* checked_global(u64 address, u32 bytes, GlobalAccess access) {
+  if (address % bytes)
+    fail("%s: misaligned address 0x%llx, needs %u", access.what,
+         static_cast<unsigned long long>(address), bytes);
+  const Warp& w = *cta->current->warp;
+  access.actor = w.id;
+  access.clock = &w.clock;
+  check_global(address, bytes, access);
+  return reinterpret_cast<void*>(address);
+}
 void* global_at(u64 address, u32 bytes, bool write) {
   const char* what = write ? "store to global memory" : "load from global memory";
-  if (address % bytes)
-    fail("%s: misaligned address 0x%llx, needs %u", what, static_cast<unsigned long long>(address),
-         bytes);
-  check_global(address, bytes, write, what);
-  return reinterpret_cast<void*>(address);
+  return checked_global(address, bytes, {.what = what, .write = write});
 }
 
 bool is_shared(u64 address) {
@@ -83,9 +93,22 @@ void generic_write(u64 address, const void* value, u32 bytes) {
   if (is_shared(address)) return shared_write(generic_to_shared(address), value, bytes);
   std::memcpy(generic_at(address, bytes, true), value, bytes);
 }
-void* generic_atomic(u64 address, u32 bytes) {
-  return is_shared(address) ? shared_atomic(generic_to_shared(address), bytes)
-                            : generic_at(address, bytes, true);
+void* strong_at(u64 address, u32 bytes, Strong kind, Order order) {
+  const bool write = kind != Strong::load;
+  if (is_shared(address)) {
+    const u32 shared = generic_to_shared(address);
+    return kind == Strong::load ? const_cast<void*>(shared_read(shared, bytes))
+                                : shared_atomic(shared, bytes);
+  }
+  if (is_private(address)) return reinterpret_cast<void*>(address);
+  constexpr const char* kNames[] = {
+      "strong load from global memory", "strong store to global memory",
+      "atomic operation on global memory", "addition to global memory"};
+  return checked_global(address, bytes,
+                        {.what = kNames[static_cast<int>(kind)],
+                         .write = write,
+                         .scope = order.scope,
+                         .adds_floats = kind == Strong::float_sum});
 }
 void* local_at(u64 address, u32 bytes, const void* frame, u64 frame_bytes) {
   const u64 offset = address - reinterpret_cast<u64>(frame);

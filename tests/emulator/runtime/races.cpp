@@ -35,7 +35,7 @@ void Clock::meet(const Clock& o) {
   for (int i = 0; i < kActors; i++) fenced[i] = std::min(fenced[i], o.fenced[i]);
 }
 
-static std::string actor_name(int actor) {
+std::string actor_name(int actor) {
   if (actor < kCopyUnit) return "warp " + std::to_string(actor);
   if (actor < kTensorCore) return "cp.async of warp " + std::to_string(actor - kCopyUnit);
   if (actor < kBulkLoad) return "wgmma of warpgroup " + std::to_string(actor - kTensorCore);

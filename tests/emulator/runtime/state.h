@@ -3,7 +3,10 @@
 #pragma once
 #include <atomic>
 #include <deque>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "kernel_api.h"
@@ -22,8 +25,10 @@ constexpr u32 kPoison =
 constexpr int kCopyUnit = kMaxWarps, kTensorCore = 2 * kMaxWarps,
               kBulkLoad = kTensorCore + kMaxWarpgroups;
 constexpr int kBulkLoads = 16, kBulkStore = kBulkLoad + kBulkLoads, kBulkStores = 8;
+// What bulk stores do to global memory, of which wait_group.read does not wait.
+constexpr int kBulkWrite = kBulkStore + kBulkStores, kBulkWrites = 4;
 constexpr int kActors = 64;
-static_assert(kBulkStore + kBulkStores <= kActors);
+static_assert(kBulkWrite + kBulkWrites <= kActors);
 
 // Vector clock: for each actor, the time up to which its accesses happen before the owner's next
 // one, and the part of them that a fence.proxy.async makes visible to the async proxy.
@@ -46,6 +51,25 @@ void check_shared(u32 address, u32 bytes, const Access& access);  // bounds, rac
 struct Cell;  // access history of 16 bytes (races.cpp)
 Cell* new_cells();
 void forget_accesses(Cell* cells);
+std::string actor_name(int actor);
+
+// What a release makes known to whoever acquires it (global_races.cpp).
+struct Published;
+typedef std::shared_ptr<const Published> Publication;
+struct Acquisition {
+  u32 time;  // of the warp that acquired
+  Publication what;
+};
+struct GlobalAccess {
+  const char* what;
+  int actor;
+  const Clock* clock;
+  bool write = false;
+  Scope scope = Scope::weak;
+  bool adds_floats = false;
+};
+void note_global(u64 address, u32 bytes, const GlobalAccess& access);  // fails if it is a race
+struct Page;                                                           // access history of 4 KiB
 
 struct Warp;
 struct Mbarrier {
@@ -95,6 +119,8 @@ struct AsyncCopy {
   u32 time;
   Clock clock;
   Thread* thread;  // that issued it
+  u32 line;        // where
+  int global_actor;
   bool done = false;
   bool late = false;        // completes only when nothing else can run
   bool is_arrival = false;  // cp.async.mbarrier.arrive, for the first `copies` of the thread
@@ -134,6 +160,8 @@ struct Thread {
   u32 proxy_fences;
   u32 peeked_offset, peeked_phase;  // last mbarrier phase for which try_wait said "not yet"
   u64 polled_address, polled_value;
+  std::vector<Publication> observed;  // by strong reads, not acquired yet
+  Publication fenced;                 // by its last fence, for its later strong writes
 
   struct Copy {
     u32 destination;
@@ -146,7 +174,8 @@ struct Thread {
 
   std::vector<AsyncCopy*> stores;
   std::vector<size_t> store_groups;
-  size_t stores_done;
+  size_t stores_done, stores_written;
+  std::vector<std::pair<int, u32>> stores_read;  // actor of the writing and time
 
   struct Accumulators {
     u32* registers;
@@ -178,27 +207,36 @@ struct Options {  // mirrored in launch.py
   u32 schedule, os_threads;
   u64 seed;
   u32 static_shared, dynamic_shared, registers;
-  u8 races, poison, allow_same_value;
+  u8 races, poison, allow_same_value, deterministic;
   const u8* parameters;
   u64 parameter_bytes;
   const Buffer* buffers;
   u64 buffer_count;
-  u64* bytes_read;  // of each buffer
+  u64* bytes_read;   // of each buffer
+  const u32* order;  // of the blocks, or null
 };
 enum Schedule { kEager, kLazy, kRandom };
 
 struct Stats {  // mirrored in launch.py
   u64 switches, mma, wgmma, tma_loads, tma_stores, cp_async, bytes_loaded, bank_wavefronts,
-      bank_ideal, registers;
+      bank_ideal, registers, bytes_past_extents;
   void add(const Stats& other);
 };
 
+constexpr u32 kSynchronised = 64;
 struct Launch {
   const Options* options;
   void (*kernel)(const u8*);
   std::vector<u32> order;  // of the blocks' linear numbers
   std::atomic<u32> next_block{0}, running{0}, spinning{0}, progress{0};
   std::atomic<bool> failed{false};
+
+  struct {
+    std::mutex mutex;
+    std::unordered_map<u64, Publication> published;  // by address
+  } synchronised[kSynchronised];
+  std::mutex pages_mutex;
+  std::unordered_map<u64, std::shared_ptr<Page>> pages;  // by address / 4096
 };
 
 struct Block {
@@ -214,13 +252,14 @@ struct Block {
   std::vector<AsyncCopy*> pending;
   std::vector<AccumulatorBuffer*> free_accumulators;
   int thread_count, warp_count, alive;
+  u32 number;  // among all blocks
 
   // scheduler
   Thread* current;
   int current_warp;
   u32 ready_warps;
   std::vector<Thread*> pollers;
-  u32 idle_rounds, seen_progress;
+  u32 idle_rounds, rounds_alone, seen_progress;
   double idle_since;
   void* main_stack_pointer;
   u64 random_state;
@@ -236,6 +275,11 @@ struct Block {
   u32 time;
   u32 registers_in_use;
   int next_load_unit, next_store_unit;
+  std::vector<Acquisition> acquired[kMaxWarps];  // in their order
+  struct RecentPage {
+    u64 number;
+    Page* page;
+  } recent_pages[64];
   float b_matrix[32 * 256];
   u8 signal_stack[65536];
 };
@@ -249,7 +293,7 @@ void wake(u32 (&lanes)[kMaxWarps]);
 void suspend(const char* waits_for, u64 a = 0, u64 b = 0);
 void spin(const char* waits_for, u64 a = 0, u64 b = 0);
 void made_progress();
-void run_block(Dim ctaid);
+void run_block(u32 number);
 
 inline int element_bytes(Format f) {
   return f == Format::tf32 ? 4 : f == Format::e4m3 || f == Format::e5m2 ? 1 : 2;
@@ -260,7 +304,7 @@ void decode(Format format, const void* from, int bytes, float* to);
 inline u8* shared_at(u32 address) { return cta->shared + (address - kSharedBase); }
 inline u32 offset_of(u32 address) { return address - kSharedBase; }
 void require_alignment(u32 address, u32 alignment, const char* what);
-void check_global(u64 address, u32 bytes, bool write, const char* what);
+void check_global(u64 address, u32 bytes, const GlobalAccess& access);  // bounds, races
 void check_mapped(u64 address, const char* what);
 u32 swizzled(u32 address, u32 span);
 Mbarrier& mbarrier_at(u32 address, const char* what);
