@@ -113,6 +113,7 @@ def _kept(problem: Problem, what: Any, on: Gpu, find: Callable[[], Any]) -> Any:
     """From the tables of a compiled mask, where nothing else of the call lies on the device.
 
     Each stream has tables of its own: nothing else would order another's reads after the writes.
+    What a CUDA graph makes is computed by its replays alone, and what it reads has to stay.
     """
     of_device = (problem.q_lens, problem.kv_lens, problem.offset)
     per_batch = any(x is not None and not isinstance(x, int) for x in of_device)
@@ -122,7 +123,11 @@ def _kept(problem: Problem, what: Any, on: Gpu, find: Callable[[], Any]) -> Any:
     key = (what, shape, problem.window, problem.offset, on.stream)
     tables = problem.mask.tables
     found = tables.get(key)
-    if found is None:
+    if on.is_captured:
+        if found is None:
+            return find()
+        problem.mask.read_by_graphs[id(found)] = found
+    elif found is None:
         if len(tables) >= _MAX_TABLES:
             tables.clear()
         found = tables[key] = find()

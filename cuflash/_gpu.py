@@ -14,6 +14,7 @@ import numpy as np
 from cupy.cuda import driver, runtime
 
 from cuflash import _jit, _params, _traits
+from cuflash._capture import is_captured
 from cuflash._problem import Array
 
 # Of cuda.h's enumerations of tensor maps: ..._UINT16, ..._INTERLEAVE_NONE,
@@ -41,6 +42,11 @@ class Gpu:
     def stream(self) -> tuple[int, int]:
         """The device's number and the address of CuPy's current stream."""
         return self._device_id, cupy.cuda.get_current_stream().ptr
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether what runs goes into a CUDA graph."""
+        return is_captured(cupy)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """Memory in order with the current stream, not cleared."""

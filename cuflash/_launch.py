@@ -62,7 +62,8 @@ def _known_launch(problem: Problem, out: Array, lse: Array, on: Gpu) -> _Launch:
         choice = _forward_choice(problem, out, on.device)
         return _forward_launch(problem, out, lse, choice, on)
 
-    return _kept(_forward_launches, (on, *_params.places(problem, out, lse)), find)
+    key = (on, *_params.places(problem, out, lse))
+    return _kept(_forward_launches, key, find, keeps=not on.is_captured)
 
 
 def _forward_launch(
@@ -128,13 +129,17 @@ def _forward_choice(problem: Problem, out: Array, device: _traits.Device) -> _Ch
     return _kept(_forward_choices, layout, find)
 
 
-def _kept(kept: dict[tuple, Found], key: tuple, find: Callable[[], Found]) -> Found:
-    """What was found for this key before, or is now."""
+def _kept(
+    kept: dict[tuple, Found], key: tuple, find: Callable[[], Found], keeps: bool = True
+) -> Found:
+    """What was found for this key before, or is now; only if it `keeps` does that change `kept`."""
     found = kept.get(key)
     if found is None:
-        if len(kept) >= _MAX_KEPT:
-            kept.clear()
-        found = kept[key] = find()
+        found = find()
+        if keeps:
+            if len(kept) >= _MAX_KEPT:
+                kept.clear()
+            kept[key] = found
     return found
 
 
@@ -250,7 +255,11 @@ def _known_launches(
 ) -> tuple[_Launch, ...]:
     """Kept by all that they depend on, as a forward's."""
     key = (on, *_params.gradient_places(gradient, grads, workspace))
-    return _kept(_backward_launches, key, lambda: _launches(gradient, grads, workspace, plan, on))
+
+    def find() -> tuple[_Launch, ...]:
+        return _launches(gradient, grads, workspace, plan, on)
+
+    return _kept(_backward_launches, key, find, keeps=not on.is_captured)
 
 
 def _launches(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from cuflash._capture import refuse_to_compile
 from cuflash._checks import Array, Check, check_layouts
 from cuflash._sizes import Sizes
 from cuflash.interop import receive
@@ -105,6 +106,8 @@ class Mask:
         """
         function = "masks.Mask.compile"
         with receive(function, ("q", "k"), {"q": q, "k": k, "mask": self}) as call:
+            if call.is_captured:
+                refuse_to_compile(function)
             q, k, mask = (call.arguments[name] for name in ("q", "k", "mask"))
             layouts = [(x.shape, x.strides, x.dtype) for x in (q, k, k)]
             sizes = check_layouts(function, call.device, *layouts)
@@ -112,7 +115,7 @@ class Mask:
             # What the kernels read, so that no call has to convert it.
             mask = call.on_device(mask).map_integers(call.contiguous_integers)
             call.wait()  # calls on other streams read these arrays without asking
-            return Compiled(mask.inner if isinstance(mask, Compiled) else mask, {})
+            return Compiled(mask.inner if isinstance(mask, Compiled) else mask)
 
     def leaves(self) -> list[Leaf]:
         """The leaves, from left to right; one that stands twice counts twice."""
@@ -377,7 +380,9 @@ class Compiled(Mask):
     """A mask with the tables of its tiles, which calls add and share."""
 
     inner: Mask
-    tables: dict[Any, Any] = field(repr=False)  # by all that they depend on but the mask's data
+    # By all that they depend on but the mask's data; and those that may never be dropped, by id.
+    tables: dict[Any, Any] = field(default_factory=dict, repr=False)
+    read_by_graphs: dict[int, Any] = field(default_factory=dict, repr=False)
     size: tuple[int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -387,7 +392,8 @@ class Compiled(Mask):
         return self.inner.leaves()
 
     def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
-        return Compiled(self.inner._with_arrays(arrays, counter), self.tables)
+        inner = self.inner._with_arrays(arrays, counter)
+        return Compiled(inner, self.tables, self.read_by_graphs)
 
 
 def _size(*parts: Mask) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from cuflash import _dlpack
+from cuflash import _capture, _dlpack, _torch_memory
 from cuflash._checks import BFLOAT16, Array, Check, is_array
 from cuflash._torch_faults import fault_of, hides_something
 
@@ -44,11 +44,13 @@ class Structure(Protocol):
 class Call(NamedTuple):
     """One call's arguments as NumPy or CuPy arrays, and the way back to the caller's kind."""
 
+    function: str
     arguments: dict[str, Any]
     device: str  # "cpu" or "cuda"
     framework: Framework
     like: Foreign  # one of the caller's arrays
     host_lengths: list[str]  # the arguments that are lengths or offsets on the host
+    is_captured: bool  # into a CUDA graph
 
     @property
     def xp(self) -> ModuleType:
@@ -61,7 +63,11 @@ class Call(NamedTuple):
             return problem
         # CuPy stages small host arrays in pinned memory: the copy waits for nothing.
         host = {name: getattr(problem, name, None) for name in self.host_lengths}
-        changes = {n: _cupy().asarray(x) for n, x in host.items() if isinstance(x, np.ndarray)}
+        host = {name: x for name, x in host.items() if isinstance(x, np.ndarray)}
+        if self.is_captured:
+            nested = [name for name in self.host_lengths if name not in LENGTHS]
+            _capture.check_nothing_on_host(self.function, [*host, *nested])
+        changes = {name: _cupy().asarray(x) for name, x in host.items()}
         for name in STRUCTURES:
             structure = getattr(problem, name, None)
             if structure is not None:
@@ -88,7 +94,7 @@ class Call(NamedTuple):
         return as_contiguous(array, np.dtype(np.int64))
 
     def wait(self) -> None:
-        """Until the device has done what the current stream was told."""
+        """Until the device has done what the current stream was told: not while it is captured."""
         if self.device != "cpu":
             _cupy().cuda.get_current_stream().synchronize()
 
@@ -156,6 +162,9 @@ def receive(function: str, required: tuple[str, ...], arguments: dict[str, Any])
     if place != "cpu":
         _check_driver(function, required[0], framework, place)
     with framework.context(place):
+        captured = place != "cpu" and _capture.is_captured(_cupy())
+        if captured:
+            framework.check_capture(function)
         for name, source in sources.items():
             if source is not _CUPY:  # whose arrays are what is wanted
                 to_write = name == "out" and name not in required
@@ -164,7 +173,8 @@ def receive(function: str, required: tuple[str, ...], arguments: dict[str, Any])
             received[name] = structure.with_arrays(received)
         for name in nested:
             del received[name]
-        yield Call(received, "cpu" if place == "cpu" else "cuda", framework, like, host_lengths)
+        device = "cpu" if place == "cpu" else "cuda"
+        yield Call(function, received, device, framework, like, host_lengths, captured)
 
 
 def warn_of_lost_gradients(function: str, arguments: Mapping[str, Any], stacklevel: int) -> None:
@@ -204,7 +214,10 @@ class Framework(Protocol):
         """The same memory as the framework's array, on the device of `like`."""
 
     def context(self, place: str) -> AbstractContextManager[Any]:
-        """Makes the device and the caller's stream CuPy's current ones."""
+        """Makes the device, the caller's stream and its source of memory CuPy's current ones."""
+
+    def check_capture(self, function: str) -> None:
+        """Fail where a call cannot be captured into a CUDA graph."""
 
 
 class _NumPy:
@@ -223,6 +236,9 @@ class _NumPy:
     def context(self, place: str) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    def check_capture(self, function: str) -> None:
+        """Nothing of NumPy's is captured."""
+
 
 class _CuPy:
     kind = "cupy.ndarray"
@@ -239,6 +255,9 @@ class _CuPy:
 
     def context(self, place: str) -> AbstractContextManager[Any]:
         return _cuda_device(place)
+
+    def check_capture(self, function: str) -> None:
+        _capture.check_pool(function, _cupy())
 
 
 class _Torch:
@@ -265,7 +284,7 @@ class _Torch:
     def give(self, array: Array, like: Foreign) -> Foreign:
         torch = sys.modules["torch"]
         if not isinstance(array, np.ndarray):
-            return torch.from_dlpack(array)
+            return _torch_memory.as_tensor(torch, array)
         if array.dtype == BFLOAT16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
@@ -275,9 +294,14 @@ class _Torch:
         if place == "cpu":
             yield
             return
-        stream = _Stream(sys.modules["torch"].cuda.current_stream(_ordinal(place)).cuda_stream)
-        with _cuda_device(place), _cupy().cuda.Stream.from_external(stream):
+        torch, cupy, ordinal = sys.modules["torch"], _cupy(), _ordinal(place)
+        stream = _Stream(torch.cuda.current_stream(ordinal).cuda_stream)
+        memory = cupy.cuda.using_allocator(_torch_memory.allocator(torch, cupy, ordinal))
+        with _cuda_device(place), cupy.cuda.Stream.from_external(stream), memory:
             yield
+
+    def check_capture(self, function: str) -> None:
+        """Torch gives each graph a pool."""
 
 
 class _Stream:
@@ -317,6 +341,9 @@ class _Jax:
 
     def context(self, place: str) -> AbstractContextManager[Any]:
         return nullcontext() if place == "cpu" else _finished_on(place)
+
+    def check_capture(self, function: str) -> None:
+        _capture.refuse_to_wait(function, self.kind)
 
 
 def _x64(jax: ModuleType) -> AbstractContextManager[Any]:
@@ -358,6 +385,9 @@ class _DLPack:
 
     def context(self, place: str) -> AbstractContextManager[Any]:
         return nullcontext() if place == "cpu" else _finished_on(place)
+
+    def check_capture(self, function: str) -> None:
+        _capture.refuse_to_wait(function, self.kind)
 
 
 _CUPY = _CuPy()

@@ -216,6 +216,7 @@ class EmulatedGpu:
         self._stream: list[tuple[_traits.Kernel, int, bytes]] = []
 
     stream = (0, 0)
+    is_captured = False
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         import emulator

@@ -12,7 +12,7 @@ import backends
 import numpy as np
 import pytest
 
-from cuflash import interop
+from cuflash import _capture, interop
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,6 +78,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cupy")
     monkeypatch.setattr(interop, "_driver_fault", lambda ordinal: "")
     monkeypatch.setattr(interop, "_cuda_device", lambda place: nullcontext())
+    monkeypatch.setattr(_capture, "is_captured", lambda cupy: False)
 
 
 def emulated(**options: object) -> backends.EmulatedBackend:

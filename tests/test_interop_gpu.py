@@ -15,7 +15,7 @@ import unreal_gpu
 from unreal_gpu import OUT, SHAPES, SK, SQ, B
 
 import cuflash
-from cuflash import interop, masks, reference
+from cuflash import _torch_memory, interop, masks, reference
 from cuflash._problem import Problem
 
 LENGTHS = {"q_lens": [2, 4], "kv_lens": [3, 7], "offset": [5, 6]}
@@ -43,13 +43,15 @@ class FakeGpu:
     def __init__(self) -> None:
         self.log: list[Any] = []
         self.problem: Problem | None = None
-        stream = SimpleNamespace(synchronize=lambda: self.log.append("synchronize"))
+        stream = SimpleNamespace(ptr=0, synchronize=lambda: self.log.append("synchronize"))
         self.cuda = SimpleNamespace(
             Device=self.device,
             Stream=SimpleNamespace(
                 from_external=lambda stream: self.current("stream", *stream.__cuda_stream__())
             ),
             get_current_stream=lambda: stream,
+            UnownedMemory=object,
+            using_allocator=lambda allocate: self.current("memory", allocate.__module__),
         )
 
     @contextmanager
@@ -205,15 +207,16 @@ def test_torch_runs_on_its_current_stream(gpu: FakeGpu, monkeypatch: pytest.Monk
         cuda=SimpleNamespace(
             current_stream=lambda number: SimpleNamespace(cuda_stream=64 + number)
         ),
-        from_dlpack=lambda array: f"torch {array}",
         is_grad_enabled=lambda: False,
         _is_functional_tensor=lambda tensor: False,
         autograd=SimpleNamespace(forward_ad=SimpleNamespace(_current_level=-1)),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(_torch_memory, "as_tensor", lambda torch, array: f"torch {array}")
     assert cuflash.attention(*map(Tensor, unreal_tensors().values())) == "torch out"
-    enter = [("enter", "device", 1), ("enter", "stream", 0, 65)]
-    leave = [("exit", "stream", 0, 65), ("exit", "device", 1)]
+    memory = ("memory", "cuflash._torch_memory")
+    enter = [("enter", "device", 1), ("enter", "stream", 0, 65), ("enter", *memory)]
+    leave = [("exit", *memory), ("exit", "stream", 0, 65), ("exit", "device", 1)]
     assert gpu.log == [*enter, *["import"] * 3, "run", *leave]
 
 

@@ -21,6 +21,8 @@ _launch = pytest.importorskip("cuflash._launch", reason="it needs CuPy", exc_typ
 class Encoder:
     """What of a GPU makes parameters: each tensor map has bytes of its own."""
 
+    is_captured = False
+
     def __init__(self, capability: int) -> None:
         self.device = _traits.Device(capability, l2_bytes=1 << 20, sms=3)
 

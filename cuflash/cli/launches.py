@@ -88,6 +88,7 @@ class _AbsentGpu:
     """Takes the place of `_gpu.Gpu`: memory is NumPy's, and a launch is noted."""
 
     stream = (0, 0)
+    is_captured = False
 
     def __init__(self, capability: int) -> None:
         self.device = Device(capability, l2_bytes=1, sms=1)
