@@ -139,8 +139,8 @@ def attention(
 
     Notes
     -----
-    While a CUDA graph is captured give lengths and per-batch offsets as GPU arrays: a copy from the
-    host would be captured with them.
+    While a CUDA graph is captured, lengths, offsets per batch entry and arrays of masks have to be
+    on the GPU, and CuPy's memory has to come from a pool of the graph's own: docs/gpu.md.
 
     Examples
     --------

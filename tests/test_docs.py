@@ -1,4 +1,4 @@
-"""The page on masks: its code runs, and its pictures are what its code makes."""
+"""The pages in docs: their code runs, and the pictures of masks are what their code makes."""
 
 from __future__ import annotations
 
@@ -58,6 +58,38 @@ def test_a_picture_shows_pairs_and_tiles(draw_masks: ModuleType) -> None:
     partly = "".join(f"M0 {row}h4v1h-4z" for row in range(20, 24))
     assert paths[draw_masks.PARTLY] == partly
     assert paths[draw_masks.VISIBLE_OF_PARTLY] == "M1 20h1v1h-1zM3 20h1v1h-1z"
+
+
+GPU_PAGE = (DOCS / "gpu.md").read_text(encoding="utf-8")
+GRAPHS = {
+    re.search(r"import (\w+)", code)[1]: code
+    for code in re.findall(r"```python\n(.*?)```", GPU_PAGE, re.DOTALL)
+}
+
+
+def test_there_is_a_graph_of_each_library() -> None:
+    for name, code in GRAPHS.items():
+        compile(code, name, "exec")
+    assert GRAPHS.keys() == {"cupy", "torch"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("library", GRAPHS)
+def test_graphs_replay(library: str) -> None:
+    module = pytest.importorskip(library)
+    if library == "torch" and not module.cuda.is_available():
+        pytest.skip("this torch has no CUDA")
+    values = {"__name__": "page"}
+    exec(GRAPHS[library], values)
+    values["v"][...] = 1
+    values["v"][:, 500:] = 7  # which the length hides
+    if library == "torch":
+        values["graph"].replay()
+        module.cuda.synchronize()
+    else:
+        values["graph"].launch(values["stream"])
+        values["stream"].synchronize()
+    assert (values["out"] == 1).all()
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", PAGE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -510,11 +511,13 @@ def run_packed(dout: Any, **inputs: Any) -> list[Any]:
     ("values", "run"), [(masked, run_masked), (packed, run_packed)], ids=["masked", "packed"]
 )
 def test_a_captured_graph_reads_new_values(values: Any, run: Any) -> None:
-    """No call waits for the GPU, which would end the capture with an error."""
+    """No call waits for the GPU, which would end the capture with an error.
+
+    And a replay leaves the memory alone that others have got since.
+    """
     cupy = pytest.importorskip("cupy")
     first, second = (values(np.random.default_rng(seed)) for seed in range(2))
-    stream = cupy.cuda.Stream(non_blocking=True)
-    pool = cupy.cuda.MemoryPool()  # a replay writes to memory that the captured call has freed
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
     with stream:
         arrays = {name: cupy.asarray(x) for name, x in first.items()}
         run(**arrays)  # what is compiled and loaded at first use is so before the capture
@@ -524,11 +527,69 @@ def test_a_captured_graph_reads_new_values(values: Any, run: Any) -> None:
                 results = run(**arrays)
             finally:
                 graph = stream.end_capture()
+        others = [cupy.full(1 << size, 7, np.uint8) for size in range(9, 22) for _ in range(9)]
         for x in results:
             x.fill(np.nan)
         for name, x in second.items():
             arrays[name][...] = cupy.asarray(x)
         graph.launch()
-        expected = run(**arrays)
         found = [cupy.asnumpy(x).tobytes() for x in results]
+        assert all((x == 7).all() for x in others)
+        expected = run(**arrays)
         assert found == [cupy.asnumpy(x).tobytes() for x in expected]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("values", "run"), [(masked, run_masked), (packed, run_packed)], ids=["masked", "packed"]
+)
+def test_a_graph_that_torch_captured_reads_new_values(values: Any, run: Any) -> None:
+    """Likewise, with torch's own pool of the graph."""
+    torch = torch_with_cuda()
+    first, second = (values(np.random.default_rng(seed)) for seed in range(2))
+    arrays = {name: torch.from_numpy(x).cuda() for name, x in first.items()}
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(**arrays)
+    with torch.cuda.graph(graph, stream=stream):
+        results = run(**arrays)
+    sizes = [1 << size for size in range(9, 22) for _ in range(9)]
+    others = [torch.full((size,), 7, dtype=torch.uint8, device="cuda") for size in sizes]
+    for x in results:
+        x.fill_(torch.nan)
+    for name, x in second.items():
+        arrays[name].copy_(torch.from_numpy(x))
+    graph.replay()
+    found = [x.cpu().numpy().tobytes() for x in results]
+    assert all((x == 7).all() for x in others)
+    assert found == [x.cpu().numpy().tobytes() for x in run(**arrays)]
+
+
+@pytest.mark.gpu
+def test_torch_may_use_results_on_another_stream() -> None:
+    """`record_stream` keeps their memory until that stream is done with it."""
+    torch = torch_with_cuda()
+    arrays = {name: torch.from_numpy(x).cuda() for name, x in host_tensors().items()}
+    expected = cuflash.attention(**arrays).cpu()
+    other = torch.cuda.Stream()
+    out = cuflash.attention(**arrays)
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        torch.cuda._sleep(50_000_000)
+        late = out.clone()
+    out.record_stream(other)
+    del out
+    others = [torch.full_like(late, torch.nan) for _ in range(100)]
+    other.synchronize()
+    assert torch.equal(late.cpu(), expected) and len(others) == 100
+
+
+@pytest.mark.gpu
+def test_a_new_thread_of_the_host() -> None:
+    cupy = pytest.importorskip("cupy")
+    arrays = {name: cupy.asarray(x) for name, x in host_tensors().items()}
+    cuflash.attention(**arrays)
+    with ThreadPoolExecutor(1) as threads:
+        out = threads.submit(lambda: cuflash.attention(**arrays)).result()
+    assert (out == cuflash.attention(**arrays)).all()
