@@ -95,7 +95,7 @@ def _sees(
         case Prefix(n):
             return j < n[b]
         case Intervals(start, end):
-            key_head = h // group if start.shape[1] > 1 else 0
+            key_head = h // group if start.shape[1] != 1 else 0
             row = i[..., None]
             inside = (start[b, key_head, j] <= row) & (row < end[b, key_head, j])
             return ~inside.any(axis=-1)

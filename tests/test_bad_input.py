@@ -71,6 +71,15 @@ def test_no_query_heads_for_some_key_heads() -> None:
     assert not any(gradient.any() for gradient in pullback(out)[:3])
 
 
+def test_intervals_of_no_heads() -> None:
+    q, k, v = (x[:, :, :0] for x in tensors().values())
+    mask = masks.intervals(*np.zeros((2, B, 0, SK, 2), int))
+    out, pullback = cuflash.attention_vjp(q, k, v, mask=mask)
+    expected, _ = reference.attention(q, k, v, mask=mask)
+    assert out.shape == expected.shape == (B, SQ, 0, D)
+    assert pullback(out).dk.shape == reference.attention_backward(out, q, k, v, mask=mask).dk.shape
+
+
 def test_a_bias_of_the_lowest_number_is_no_mask() -> None:
     bias = np.zeros((SQ, SK), np.float32)
     bias[2] = np.finfo(np.float32).min
