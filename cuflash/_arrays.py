@@ -21,7 +21,11 @@ def is_by_key(rows: int, keys: int) -> bool:
     return keys > rows
 
 
-class Scratch(threading.local):
+# Elements of a tile for which memory is kept; malloc has less at hand.
+LEAST_KEPT = 2**14
+
+
+class Scratch:
     """Each thread's room for a tile: fresh memory would cost more than the arithmetic on it.
 
     `size` is that of the scores of the largest tile.
@@ -29,14 +33,17 @@ class Scratch(threading.local):
 
     def __init__(self, size: int, dtype: np.dtype) -> None:
         self.size, self.dtype = size, dtype
-        self.buffers: dict[str, np.ndarray] = {}
+        self.kept = threading.local() if size >= LEAST_KEPT else None
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The buffer of this name as a contiguous array, with whatever it holds."""
+        if self.kept is None:
+            return np.empty(shape, self.dtype)
+        buffers: dict[str, np.ndarray] = vars(self.kept)  # this thread's
         size = math.prod(shape)
-        if name not in self.buffers or self.buffers[name].size < size:
-            self.buffers[name] = np.empty(max(size, self.size), self.dtype)
-        return self.buffers[name][:size].reshape(shape)
+        if name not in buffers or buffers[name].size < size:
+            buffers[name] = np.empty(max(size, self.size), self.dtype)
+        return buffers[name][:size].reshape(shape)
 
     def scores(self, name: str, shape: tuple[int, int, int]) -> np.ndarray:
         """The buffer of this name as the scores of a tile, (heads, rows, keys)."""

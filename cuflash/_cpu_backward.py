@@ -67,12 +67,11 @@ def differentiate(parts: list[GradientSums]) -> None:
         sums, family, _ = task
         return sum(sum(item.pairs(item.row_tiles())) for item in family) // sums.splits
 
-    for function, some in (
-        (load, loads),
-        (add, sorted(tasks, key=cost, reverse=True)),
-        (GradientSums.write_keys, ends),
-    ):
-        for_each(partial(_quietly, function), some)
+    if len(tasks) > 1:
+        tasks.sort(key=cost, reverse=True)
+    small = all(sums.work.is_small for sums in parts)
+    for function, some in ((load, loads), (add, tasks), (GradientSums.write_keys, ends)):
+        for_each(partial(_quietly, function), some, small)
 
 
 Room = Callable[[str, tuple[int, ...]], np.ndarray]  # memory of a name and a shape

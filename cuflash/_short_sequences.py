@@ -24,7 +24,7 @@ from cuflash._work import Work
 SHORTEST_BATCH = 4
 
 # What a batch takes beside its scores, as a number of scores.
-COST_OF_BATCH = 2**15
+COST_OF_BATCH = 2**14
 
 # Lengths are padded to this many different ones for each doubling; None: to none.
 PADDINGS = (None, 8, 4, 2, 1)

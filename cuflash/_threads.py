@@ -15,12 +15,20 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-def for_each(function: Callable[[Task], object], tasks: Iterable[Task]) -> None:
+def for_each(
+    function: Callable[[Task], object], tasks: Iterable[Task], small: bool = False
+) -> None:
     """Run function(task) for all tasks, on as many threads as BLAS may use; raise what one raises.
 
     The threads end with the call: none is left to wake up in a forked child or to wait for at exit.
+    `small`: no product of a task is so large that BLAS would use more than one thread for it.
     """
     tasks = list(tasks)
+    if not tasks:
+        return
+    if small and len(tasks) == 1:
+        function(tasks[0])  # to hold BLAS to one thread would cost more than the task
+        return
     left, lock, errors = tasks[::-1], threading.Lock(), []
 
     def work() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +12,7 @@ from cuflash._arrays import is_by_key, limit_of
 from cuflash._problem import Problem
 
 
-@dataclass(frozen=True, slots=True)
-class Band:
+class Band(NamedTuple):
     """The keys that rows of one batch entry see, masks aside: i + first <= j <= i + last."""
 
     rows: int  # valid ones

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,6 +38,11 @@ KEPT_RUNS = 32
 # into tasks of fewer scores than are worth another thread.
 MANY_TASKS = 16
 LEAST_SCORES = 2**16
+
+# A matrix product of at most this many multiplications is no work for two threads to any BLAS, nor
+# a sum of a matrix's rows, if each of its elements counts for 32.
+SMALL_PRODUCT = 2**18
+SMALLEST_SIZE = 32
 
 
 class Work:
@@ -98,21 +102,15 @@ class Work:
 
     def _cut(self, splits_rows: bool) -> None:
         """Choose the sizes of tiles and tasks."""
-        problem, size = self.problem, math.prod(TILE)
-        rows, keys = largest_tile(problem.window)
+        problem = self.problem
+        shape = (problem.batch, problem.heads_k, self.group, problem.seqlen_q, problem.seqlen_k)
+        limits = (largest_tile(problem.window), math.prod(TILE))
+        cut = _cut(shape, *limits, self.many_tasks, splits_rows)
         self.members = self.group
-        self.tile_rows = max(1, min(problem.seqlen_q, rows // self.group))
-        self.tile_keys = max(1, min(problem.seqlen_k, keys))
+        self.tile_heads, self.tile_rows, self.tile_keys, self.tiles_of_task = cut
         tile_size = self.group * self.tile_rows * self.tile_keys
-        items = problem.batch * problem.heads_k
-        tiles = math.ceil(problem.seqlen_q / self.tile_rows)
-        # Several heads to a tile mean less Python, where there are enough tasks without them.
-        tasks = items * tiles if splits_rows else items
-        self.tile_heads = max(1, min(size // tile_size, tasks // self.many_tasks))
-        tasks_of_item = math.ceil(self.many_tasks * self.tile_heads / max(1, items))
-        self.tiles_of_task = max(1, tiles // tasks_of_item)
         self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
-        self.ones = np.ones(self.tile_keys, self.dtype)
+        self.ones = _ones(self.tile_keys, self.dtype)
 
     def _cut_by_mask(self, splits_rows: bool) -> None:
         """Choose the same where it is the mask that says which rows and keys form a tile."""
@@ -162,6 +160,13 @@ class Work:
         """The bias's own shape, with all four axes."""
         return (1,) * (4 - self.problem.bias.ndim) + self.problem.bias.shape
 
+    @property
+    def is_small(self) -> bool:
+        """Whether no product of it is worth several threads."""
+        problem = self.problem
+        size = max(problem.head_dim, problem.head_dim_v, SMALLEST_SIZE)
+        return math.prod(problem.sizes.scores_shape) * size <= SMALL_PRODUCT
+
     def items(self) -> list[Item]:
         """What shares no output."""
         return [
@@ -198,6 +203,44 @@ class Work:
         return x.reshape(x.shape[0], x.shape[1] // group, group, *x.shape[2:])
 
 
+class _Cut(NamedTuple):
+    """How a problem without a mask is cut."""
+
+    tile_heads: int
+    tile_rows: int
+    tile_keys: int
+    tiles_of_task: int  # of rows
+
+
+@lru_cache(maxsize=256)
+def _cut(
+    shape: tuple[int, int, int, int, int],
+    largest: tuple[int, int],
+    size: int,
+    many_tasks: int,
+    splits_rows: bool,
+) -> _Cut:
+    """Of (B, Hk, group, Sq, Sk), into tiles of at most `size` scores."""
+    batch, heads, group, seqlen_q, seqlen_k = shape
+    tile_rows = max(1, min(seqlen_q, largest[0] // group))
+    tile_keys = max(1, min(seqlen_k, largest[1]))
+    items = batch * heads
+    tiles = math.ceil(seqlen_q / tile_rows)
+    # Several heads to a tile mean less Python, where there are enough tasks without them.
+    tasks = items * tiles if splits_rows else items
+    most_heads = size // (group * tile_rows * tile_keys)
+    tile_heads = max(1, min(most_heads, tasks // many_tasks))
+    tasks_of_item = math.ceil(many_tasks * tile_heads / max(1, items))
+    return _Cut(tile_heads, tile_rows, tile_keys, max(1, tiles // tasks_of_item))
+
+
+@lru_cache(maxsize=16)
+def _ones(count: int, dtype: np.dtype) -> np.ndarray:
+    ones = np.ones(count, dtype)
+    ones.flags.writeable = False
+    return ones
+
+
 def largest_tile(window: tuple[int | None, int | None]) -> tuple[int, int]:
     """The most rows, of all query heads that read a key head, and the most keys; masks aside."""
     return TILE if window == (None, None) else TILE_OF_BAND
@@ -219,8 +262,7 @@ class Run(NamedTuple):
         return Run(first, self.limit[..., :size]), Run(rest, self.limit[..., size:])
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """Some rows of an item and keys that they see, which need not lie side by side.
 
     The backward's key and value have a column of 1 at the end.
@@ -274,8 +316,7 @@ class Tile:
         return b, h, i, j
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """Some key heads of one batch entry, and query heads that read them."""
 
     work: Work
@@ -346,12 +387,12 @@ class Item:
     ) -> np.ndarray:
         """(heads, group * rows, D + columns), scaled; room as of `packed`."""
         work = self.work
-        return packed(work.q[self.index][:, :, rows], work.dtype, columns, work.scale, room)
+        return packed(work.q[(*self.index, rows)], work.dtype, columns, work.scale, room)
 
     def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
         """(heads, keys, D) and (heads, keys, Dv)."""
         work = self.work
-        key, value = (x[self.key_index][:, keys] for x in (work.k, work.v))
+        key, value = (x[(*self.key_index, keys)] for x in (work.k, work.v))
         return key.astype(work.dtype, copy=False), value.astype(work.dtype, copy=False)
 
     def tiles(self, rows: slice, keys: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:

@@ -45,8 +45,9 @@ def attend(parts: list[tuple[Work, np.ndarray, np.ndarray]]) -> None:
         with np.errstate(all="ignore"):
             attend_to(*task)
 
-    # What takes longest comes first: in a causal problem the last rows.
-    for_each(run, sorted(tasks, key=lambda task: (-sum(task[0].pairs(task[1])), -task[1][0].start)))
+    if len(tasks) > 1:  # what takes longest comes first: in a causal problem the last rows
+        tasks.sort(key=lambda task: (-sum(task[0].pairs(task[1])), -task[1][0].start))
+    for_each(run, tasks, small=all(work.is_small for work, *_ in parts))
 
 
 Task = tuple[Item, list[slice], np.ndarray, np.ndarray]  # the arguments of `attend_to`

@@ -456,7 +456,7 @@ def test_small_problems_are_few_tasks(
 ) -> None:
     """Another thread for a few scores would cost more than they do."""
     found = []
-    monkeypatch.setattr(cpu, "for_each", lambda function, tasks: found.append(len(tasks)))
+    monkeypatch.setattr(cpu, "for_each", lambda function, tasks, small: found.append(len(tasks)))
     q = rng.standard_normal((1, seqlen, 8, 8))
     for options in ({}, {"mask": masks.window(seqlen, 0)}):
         cuflash.attention(q, q, q, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import backends
@@ -193,7 +192,7 @@ def shows_padding(batch: Batch, problem: Any, of: Callable[..., Any] = Batch.ban
     if band.hidden is None:
         return band
     hidden = band.hidden & ~np.repeat(batch.keys.missing[:, None, None], HK, axis=0)
-    return replace(band, hidden=hidden)
+    return band._replace(hidden=hidden)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +254,7 @@ def calls(lengths: np.ndarray) -> int:
 
 
 def test_python_does_as_much_for_many_equal_sequences_as_for_few() -> None:
-    few, many = (calls(np.full(count, 4)) for count in (10, 4000))
+    few, many = (calls(np.full(count, 4)) for count in (2000, 8000))
     assert many == few
 
 

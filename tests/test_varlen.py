@@ -382,7 +382,7 @@ def test_long_sequences_make_many_tasks_and_short_ones_few(
 ) -> None:
     sizes: list[list[int]] = []
 
-    def note(function: Any, tasks: Any) -> None:
+    def note(function: Any, tasks: Any, small: bool) -> None:
         tasks = list(tasks)
         sizes.append([sum(item.pairs(rows)) for item, rows, *_ in tasks])
         for task in tasks:
