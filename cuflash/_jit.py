@@ -24,6 +24,9 @@ from typing import Any
 from cuflash._traits import Kernel
 
 SLOW_COMPILE_SECONDS = 1.0
+# Of sm_90a code, ptxas 12.8.93 and 13.0.88 made some that is wrong (flash-linear-attention's pull
+# request 1262), 13.1.80 did not.
+SOUND_ON_HOPPER = (13, 1, 80)
 
 GENERATED_HEADER = "generated.cuh"
 # The files that a user's expressions claim to be lines of (_program.py).
@@ -96,6 +99,8 @@ def load(kernel: Kernel, device_id: int) -> Function:
         Where the driver is too old for what this NVRTC makes.
     """
     cupy = import_cupy()
+    if kernel.arch == "sm_90a":
+        _warn_of_compiler(hopper_fault())
     cubin = cached_cubin(kernel)
     with cupy.cuda.Device(device_id) as device:
         device.use()  # binds its context to this thread, which `with` alone may leave without one
@@ -150,9 +155,31 @@ def import_cupy() -> Any:
     return cupy
 
 
-def nvrtc_version() -> tuple[int, int]:
-    """(major, minor) of the NVRTC that compiles."""
-    return _nvrtc().getVersion()
+@functools.cache
+def nvrtc_version() -> tuple[int, int, int]:
+    """(major, minor, build) of the NVRTC that compiles, as it writes into what it makes."""
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram("", "version.cu", [], [])
+    try:
+        nvrtc.compileProgram(program, ())
+        major, minor, build = re.search(rb"V(\d+)\.(\d+)\.(\d+)", nvrtc.getPTX(program)).groups()
+    finally:
+        nvrtc.destroyProgram(program)
+    return int(major), int(minor), int(build)
+
+
+def hopper_fault() -> str:
+    """Why this NVRTC is not to be trusted with Hopper's kernels, and the remedy; empty if it is."""
+    version = nvrtc_version()
+    if version >= SOUND_ON_HOPPER:
+        return ""
+    remedy = 'pip install "nvidia-cuda-nvrtc>=13.1"'
+    if version[0] < SOUND_ON_HOPPER[0]:
+        remedy = 'a driver of CUDA 13 and pip install "cuflash[cuda13]"'
+    return (
+        f"NVRTC {dotted(version)} may make wrong code for Hopper GPUs (sm_90a); expected "
+        f"{dotted(SOUND_ON_HOPPER)} or newer: {remedy}"
+    )
 
 
 def cache_dir() -> Path:
@@ -239,7 +266,7 @@ def _complaint(kernel: Kernel, arch: str, log: str) -> str:
         blamed = [f"  {name}: {code}" for name, code in named or written]
         return "\n".join(["cuflash: the expression does not compile", *blamed, *own])
     return (
-        f"cuflash: NVRTC {_dotted(nvrtc_version())} cannot compile {_describe(kernel, arch)}\n{log}"
+        f"cuflash: NVRTC {dotted(nvrtc_version())} cannot compile {_describe(kernel, arch)}\n{log}"
     )
 
 
@@ -261,7 +288,7 @@ def _check_arch(nvrtc: Any, arch: str) -> None:
     known = nvrtc.getSupportedArchs()
     if int(re.sub(r"\D", "", arch)) not in known:
         raise NotImplementedError(
-            f"cuflash: NVRTC {_dotted(nvrtc_version())} does not know {arch}; it compiles for "
+            f"cuflash: NVRTC {dotted(nvrtc_version())} does not know {arch}; it compiles for "
             f"{', '.join(map(str, known))}; a newer GPU needs a newer nvidia-cuda-nvrtc"
         )
 
@@ -362,23 +389,34 @@ def _is_driver_too_old(error: Exception) -> bool:
     return any(f"CUDA_ERROR_{name}" in str(error) for name in names)
 
 
+@functools.cache
+def _warn_of_compiler(fault: str) -> None:
+    if fault:
+        warnings.warn(f"cuflash: {fault}", RuntimeWarning, stacklevel=2)
+
+
 def _driver_too_old(cupy: Any, arch: str) -> str:
     driver = cupy.cuda.runtime.driverGetVersion()
     driver_version = (driver // 1000, driver % 1000 // 10)
     compiler = nvrtc_version()
     if driver_version[0] < compiler[0]:
-        remedy = f'pip install "cuflash[cuda{driver_version[0]}]" in place of cuda{compiler[0]}'
+        remedy = (
+            f', or pip install "cuflash[cuda{driver_version[0]}]" in place of cuda{compiler[0]}'
+        )
+    elif arch == "sm_90a" and driver_version < SOUND_ON_HOPPER[:2]:
+        remedy = ""  # an older compiler is not to be trusted with it
     else:
         package = "nvidia-cuda-nvrtc" + ("-cu12" if compiler[0] == 12 else "")
-        remedy = f'pip install "{package}=={_dotted(driver_version)}.*"'
+        remedy = f', or pip install "{package}=={dotted(driver_version)}.*"'
     return (
-        f"cuflash: the driver (CUDA {_dotted(driver_version)}) does not load what NVRTC "
-        f"{_dotted(compiler)} compiled for {arch}; update the driver, or {remedy}"
+        f"cuflash: the driver (CUDA {dotted(driver_version)}) does not load what NVRTC "
+        f"{dotted(compiler)} compiled for {arch}; update the driver{remedy}"
     )
 
 
-def _dotted(version: tuple[int, int]) -> str:
-    return f"{version[0]}.{version[1]}"
+def dotted(version: tuple[int, ...]) -> str:
+    """As versions are written."""
+    return ".".join(map(str, version))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from cuflash._traits import Kernel
 from cuflash.cli import (
     ahead,
     bench,
+    check,
     compile,
     contenders,
     launches,
@@ -68,7 +69,7 @@ def gpus(monkeypatch):
 
     def have(*capabilities: int) -> None:
         monkeypatch.setattr(_jit, "import_cupy", lambda: StandInCupy(*capabilities))
-        monkeypatch.setattr(_jit, "nvrtc_version", lambda: (13, 0))
+        monkeypatch.setattr(_jit, "nvrtc_version", lambda: (13, 1, 80))
 
     return have
 
@@ -126,10 +127,43 @@ def test_info_without_a_gpu(gpus, cache, capsys):
     lines = {line[:14].strip(): line[14:].strip() for line in printed}
     assert lines["cuflash"].startswith(cuflash.__version__)
     assert lines["numpy"] == np.__version__
-    assert lines["NVRTC"] == "13.0" and lines["driver"] == "none"
+    assert lines["NVRTC"] == "13.1.80" and lines["driver"] == "none"
     assert lines["GPU arrays"].startswith("no backend: no usable NVIDIA driver")
     assert lines["NumPy arrays"].startswith("backend cpu")
     assert lines["cache"] == f"{cache}: 0 kernels, 0.0 MiB"
+
+
+@pytest.mark.parametrize(
+    ("version", "remedy"),
+    [
+        ((13, 0, 88), 'pip install "nvidia-cuda-nvrtc>=13.1"'),
+        ((13, 1, 79), 'pip install "nvidia-cuda-nvrtc>=13.1"'),
+        ((12, 9, 86), 'a driver of CUDA 13 and pip install "cuflash[cuda13]"'),
+    ],
+)
+def test_a_compiler_that_is_wrong_on_hopper_is_warned_of(
+    gpus, cache, capsys, monkeypatch, version, remedy
+):
+    gpus(80, 90)
+    monkeypatch.setattr(check, "_every", lambda quick: [])
+    monkeypatch.setattr(check, "compile_ahead", lambda calls: None)
+    dotted = ".".join(map(str, version))
+    warning = (
+        f"warning: NVRTC {dotted} may make wrong code for Hopper GPUs (sm_90a); "
+        f"expected 13.1.80 or newer: {remedy}\n"
+    )
+
+    def printed(command: str) -> str:
+        assert main([command]) == 0
+        return "".join(capsys.readouterr())
+
+    assert "warning" not in printed("info") + printed("check")
+    monkeypatch.setattr(_jit, "nvrtc_version", lambda: version)
+    assert f"{dotted}; {warning}" in printed("info")
+    assert warning in printed("check")
+    gpus(80)
+    monkeypatch.setattr(_jit, "nvrtc_version", lambda: version)
+    assert "warning" not in printed("check")
 
 
 def test_info_says_which_backend_serves_which_gpu_and_why(gpus, cache, capsys):

@@ -122,8 +122,9 @@ def test_whatever_decides_the_result_decides_the_name(sources, cache, monkeypatc
     paths.append(_jit.cached_cubin(KERNEL).path)
     (sources / "scale.cu").write_text(SOURCE + "// edited\n")
     paths.append(_jit.cached_cubin(KERNEL).path)
-    monkeypatch.setattr(_jit, "nvrtc_version", lambda: (13, 99))
-    paths.append(_jit.cached_cubin(KERNEL).path)
+    for version in ((13, 99, 1), (13, 99, 2)):
+        monkeypatch.setattr(_jit, "nvrtc_version", lambda version=version: version)
+        paths.append(_jit.cached_cubin(KERNEL).path)
     assert len(set(paths)) == len(paths)
 
 
@@ -346,11 +347,46 @@ def test_load_takes_the_image_from_memory_without_a_cache(stand_in, tmp_path, mo
 )
 def test_a_driver_too_old_for_the_cubin(stand_in, driver_version, remedy):
     stand_in(driver_version=driver_version, error="CUDA_ERROR_UNSUPPORTED_PTX_VERSION: unsupported")
-    major, minor = _jit.nvrtc_version()
+    major, minor, build = _jit.nvrtc_version()
     if major != 13:
         pytest.skip("the remedies expected are those of CUDA 13")
-    with pytest.raises(NotImplementedError, match=rf"NVRTC 13\.{minor}.*sm_80.*{remedy}"):
+    found = rf"NVRTC 13\.{minor}\.{build}.*sm_80"
+    with pytest.raises(NotImplementedError, match=rf"{found}.*update the driver, or .*{remedy}"):
         _jit.load(KERNEL, 0)
+
+
+def test_a_driver_too_old_for_hopper_is_given_no_older_compiler(stand_in):
+    stand_in(driver_version=13000, error="CUDA_ERROR_UNSUPPORTED_PTX_VERSION: unsupported")
+    kernel = Kernel("scale.cu", "scale", "sm_90a", (), 64, 0)
+    with pytest.raises(NotImplementedError, match="for sm_90a; update the driver$"):
+        _jit.load(kernel, 0)
+
+
+def test_the_compilers_version_is_that_of_its_package():
+    from importlib import metadata
+
+    version = _jit.nvrtc_version()
+    assert version[:2] == _jit._nvrtc().getVersion()
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        assert _jit.dotted(version) == metadata.version("nvidia-cuda-nvrtc")
+
+
+def test_loading_hoppers_kernels_warns_once_of_a_compiler_that_is_wrong(stand_in, monkeypatch):
+    stand_in()
+    kernel = Kernel("scale.cu", "scale", "sm_90a", (), 64, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(_jit, "nvrtc_version", lambda: (13, 1, 80))
+        _jit.load(kernel, 0)
+        monkeypatch.setattr(_jit, "nvrtc_version", lambda: (13, 0, 87))
+        _jit.load(KERNEL, 0)
+        with pytest.raises(RuntimeWarning, match=r"^cuflash: NVRTC 13\.0\.87 may make wrong code"):
+            _jit.load(kernel, 1)
+    with pytest.warns(RuntimeWarning, match="13.0.87"):
+        _jit.load(kernel, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _jit.load(kernel, 2)
 
 
 def test_another_error_of_the_driver_is_left_alone(stand_in):

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from cuflash import _jit
 from cuflash.cli import cases
 from cuflash.cli.ahead import compile_ahead
 from cuflash.cli.calls import bits, results
 from cuflash.cli.cases import Case
-from cuflash.cli.gpus import require_gpu
+from cuflash.cli.gpus import find_gpus, require_gpu
 from cuflash.cli.oracle import expect
 from cuflash.cli.progress import progress, say
 
@@ -48,6 +49,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     cupy = require_gpu("check")
+    fault = _jit.hopper_fault()
+    if fault and any(gpu.capability == 90 for gpu in find_gpus()[0]):
+        say(f"warning: {fault}")
     start = time.perf_counter()
     problems = list(cases.races() if options.races else _every(options.quick))
     runs = options.runs or (RUNS_OF_RACES if options.races else RUNS)

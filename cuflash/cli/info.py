@@ -49,10 +49,11 @@ def _cupy_version() -> str:
 
 def _nvrtc() -> str:
     try:
-        major, minor = _jit.nvrtc_version()
+        version = _jit.dotted(_jit.nvrtc_version())
     except ImportError as error:
         return f"none: {str(error).removeprefix('cuflash: ')}"
-    return f"{major}.{minor}"
+    fault = _jit.hopper_fault()
+    return f"{version}; warning: {fault}" if fault else version
 
 
 def _driver() -> str:

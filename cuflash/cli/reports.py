@@ -38,7 +38,7 @@ def machine_of_gpu(cupy: Any) -> dict[str, Any]:
     return {
         "device": properties["name"].decode(),
         "driver": driver_version(),
-        "nvrtc": "{}.{}".format(*_jit.nvrtc_version()),
+        "nvrtc": _jit.dotted(_jit.nvrtc_version()),
     }
 
 
