@@ -136,10 +136,12 @@ def test_the_suite_of_packed_sequences() -> None:
 
 def test_the_suite_of_packed_sequences_on_the_cpu() -> None:
     cells = list(suites.cells("cpu-packed", quick=False))
-    assert len(cells) == len(set(map(str, cells))) == 8
+    assert len(cells) == len(set(map(str, cells))) == 16
     assert {(str(c.rule), *c.shape, c.dtype) for c in cells} == {
         ("8 documents of 512", 1, 4096, 4, 64, "float32"),
         ("17 documents of 2048, 16 x 128", 1, 4096, 4, 64, "float32"),
+        ("2000 documents of 4", 1, 8000, 4, 64, "float32"),
+        ("1024 documents of 1 to 64", 1, 33280, 4, 64, "float32"),
     }
     quick = list(suites.cells("cpu-packed", quick=True))
     assert len(quick) == 4 and set(quick) < set(cells)

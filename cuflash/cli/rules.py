@@ -15,6 +15,9 @@ from cuflash.masks import Mask
 CHUNK_ROWS = 512
 
 
+MOST_RUNS_SHOWN = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Documents:
     """Of these lengths, side by side; each sees itself."""
@@ -24,6 +27,8 @@ class Documents:
     def __str__(self) -> str:
         count = len(self.lengths)
         runs = [(len(list(run)), length) for length, run in groupby(self.lengths)]
+        if len(runs) > MOST_RUNS_SHOWN:
+            return f"{count} documents of {min(self.lengths)} to {max(self.lengths)}"
         of = (f"{n} x {length}" if 1 < n < count else f"{length}" for n, length in runs)
         return f"{count} documents of {', '.join(of)}"
 

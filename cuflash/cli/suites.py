@@ -51,7 +51,12 @@ PACKED = (  # sequences, heads
     (Documents((64,) * 256), 16),
     (Documents((8192, *(128,) * 64)), 16),
 )
-CPU_PACKED = (Documents((512,) * 8), Documents((2048, *(128,) * 16)))
+CPU_PACKED = (
+    Documents((512,) * 8),
+    Documents((2048, *(128,) * 16)),
+    Documents((4,) * 2000),
+    Documents(tuple(range(1, 65)) * 16),
+)
 CPU_PACKED_SIZES = (4, 64)  # heads, head size
 
 
