@@ -168,7 +168,7 @@ constexpr u32 kPageBytes = 4096, kGlobalCell = 16;
 struct Page {
   std::mutex mutex;
   u32 first[kPageBytes / kGlobalCell] = {};
-  std::vector<Trace> traces{1};
+  std::vector<Trace> traces{1};  // of which the first is no one's
   u32 unused = 0;
 };
 
@@ -178,7 +178,10 @@ static Page& page_of(u64 address) {
   if (recent.number != number || !recent.page) {
     std::lock_guard lock(cta->launch->pages_mutex);
     auto& page = cta->launch->pages[number];
-    if (!page) page = std::make_shared<Page>();
+    if (!page) {
+      page = std::make_shared<Page>();
+      page->traces.reserve(kPageBytes / kGlobalCell + 1);
+    }
     recent = {number, page.get()};
   }
   return *recent.page;
