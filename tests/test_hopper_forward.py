@@ -560,6 +560,18 @@ def test_rows_that_end_within_a_chunk(size_v: int) -> None:
     assert bounds["lse"].error(lse) <= bounds["lse"].allowed
 
 
+def test_a_store_past_the_end_of_rows_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a plan that lets TMA store any rows: that of the last row goes past out."""
+    from emulator import EmulatorError
+
+    monkeypatch.setattr(_params, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(_launch, "_forward_choices", {})
+    arrays = replace(LONG, seqlen_q=130, seqlen_k=200).arrays()
+    q, k, v, out = (columns(x, 20) for x in (*arrays[:3], arrays.q))
+    with pytest.raises(EmulatorError, match="bulk store of 16 bytes .* is out of bounds"):
+        emulated(capability=90).forward(q, k, v, out=out)
+
+
 def test_hopper_takes_packed_sequences() -> None:
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in LONG.arrays()[:3])
     edges = np.array([0, 3, len(q)]), np.array([0, 5, len(k)])
