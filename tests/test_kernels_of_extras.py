@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 from test_kernels import check_register_limits
 
 from cuflash import _jit, _plan
 from cuflash._problem import Problem
-from cuflash._traits import TMA_BYTES, Kernel, Traits
+from cuflash._traits import NO_EXTRAS, TMA_BYTES, Kernel, Traits
 from cuflash.cli.cases import Case
 from cuflash.cli.extras import MASKS, TERMS
 
@@ -15,7 +18,7 @@ pytest.importorskip("cupy", reason="compiling needs CuPy")
 
 HEAD_DIMS = (64, 128, 256)
 ALL_TERMS = ("documents", "alibi", "bias", "sinks", "dropout", "score_mod")
-# Bytes, by capability: with one mask or term, with a mask and every term.
+# Bytes, by capability: with one mask or term or packed, with a mask and every term.
 SPILLS = {80: (8, 208), 90: (72, 192)}
 
 
@@ -23,17 +26,24 @@ def kernels(case: Case, capability: int) -> tuple[Kernel, Kernel]:
     """Of the forward and the backward pass."""
     q, k, v, _, _ = case.arrays()
     problem = Problem.create("attention", "cuda", q, k, v, **case.options)
-    traits = Traits.of(problem, TMA_BYTES, tma=True)
+    return kernels_of(Traits.of(problem, TMA_BYTES, tma=True), capability)
+
+
+def kernels_of(traits: Traits, capability: int) -> tuple[Kernel, Kernel]:
     forward = _plan.forward_plan(traits, capability).kernel
     return forward, _plan.backward_plan(traits, capability, deterministic=True).main
 
 
 def check(case: Case, capability: int, most_spilled: int) -> None:
-    for kernel in kernels(case, capability):
+    check_kernels(kernels(case, capability), capability, most_spilled)
+
+
+def check_kernels(compiled: Iterable[Kernel], capability: int, most_spilled: int) -> None:
+    for kernel in compiled:
         cubin = _jit.cached_cubin(kernel)
         assert not cubin.resources.notes, cubin.log
-        assert cubin.resources.spill_bytes <= most_spilled, (kernel.source, case)
-        assert cubin.resources.registers * kernel.threads <= 65536, (kernel.source, case)
+        assert cubin.resources.spill_bytes <= most_spilled, kernel
+        assert cubin.resources.registers * kernel.threads <= 65536, kernel
         if capability == 90:
             check_register_limits(kernel)
 
@@ -57,3 +67,12 @@ def test_a_mask_or_a_term(capability: int, head_dim: int, name: str) -> None:
 def test_a_mask_and_all_terms(capability: int, head_dim: int) -> None:
     case = Case(heads_q=2, head_dim=head_dim, softcap=5.0, extras=ALL_TERMS)
     check(case, capability, SPILLS[capability][1])
+
+
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(d, marks=() if d == 128 else pytest.mark.full) for d in HEAD_DIMS]
+)
+def test_packed_sequences(head_dim: int) -> None:
+    traits = Traits("bfloat16", head_dim, head_dim, TMA_BYTES, False, False, False, False, tma=True)
+    packed = replace(traits, extras=replace(NO_EXTRAS, packed=True))
+    check_kernels(kernels_of(packed, 90), 90, SPILLS[90][0])
