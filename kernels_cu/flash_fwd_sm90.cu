@@ -66,6 +66,9 @@ constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
 constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 // With so many accumulators of the output their rescaling is worth hiding behind q kᵀ.
 constexpr bool kRescaleLate = kHeadDimV <= 128;
+// Of q kᵀ, those whose descriptors of q the compiler may keep from tile to tile; beside 256 columns
+// more would be spilled.
+constexpr int kSteps = kHeadDim / 16, kKeptSteps = kHeadDim <= 128 ? kSteps : 4;
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumer warpgroups");
 static_assert(kBlockKV % 16 == 0, "kBlockKV must be a multiple of 16");
 static_assert(!kPackGroup, "rows are positions of one query head");
@@ -96,12 +99,22 @@ static_assert(sizeof(ForwardParamsSm90) == PARAMS_BYTES,
 DEVICE int own_barrier(int consumer) { return 1 + consumer; }
 DEVICE int turn_barrier(int consumer) { return 1 + kConsumers + consumer; }
 
-// A position in a ring of stages; a barrier's phase turns over once a round.
+// A position in the ring of stages, of K and V alike; a barrier's phase turns over once a round.
 struct Ring {
   int stage = 0;
   u32 phase = 0;
-  DEVICE void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
+
+  DEVICE void advance() { *this = next(); }
+  // Two stages take fewest instructions by bits.
+  DEVICE Ring next() const {
+    if (kStages == 2) return {stage ^ 1, phase ^ stage};
+    const bool wraps = stage + 1 == kStages;
+    return {wraps ? 0 : stage + 1, phase ^ wraps};
+  }
+  DEVICE Ring previous() const {
+    if (kStages == 2) return {stage ^ 1, phase ^ stage ^ 1};
+    const bool wraps = stage == 0;
+    return {wraps ? kStages - 1 : stage - 1, phase ^ wraps};
   }
 };
 
@@ -168,7 +181,7 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
   prefetch_tensor_map(&p.q);
   prefetch_tensor_map(&p.k);
   prefetch_tensor_map(&p.v);
-  Ring k_ring, v_ring;
+  Ring ring;
 #pragma unroll 1
   for (WorkList list(p); list.valid(); list.round++) {
     const Work work = list.work();
@@ -186,28 +199,26 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
                     mask.array_batch());
       }
     };
-    const auto load_k = [&](int tile) {
-      mbarrier_wait(smem.k_empty(k_ring), k_ring.phase ^ 1);
-      mbarrier_arrive_expect(smem.k_full(k_ring), KTile::kBytes);
-      load_panels(smem.k(k_ring), &p.k, smem.k_full(k_ring), p.call.problem, p.call.k,
+    const auto load_k = [&](const Ring& at, int tile) {
+      mbarrier_wait(smem.k_empty(at), at.phase ^ 1);
+      mbarrier_arrive_expect(smem.k_full(at), KTile::kBytes);
+      load_panels(smem.k(at), &p.k, smem.k_full(at), p.call.problem, p.call.k,
                   mask.k_start + tile * kBlockKV, mask.k_end(), head_k, mask.array_batch());
-      k_ring.advance();
     };
-    const auto load_v = [&](int tile) {
-      mbarrier_wait(smem.v_empty(v_ring), v_ring.phase ^ 1);
-      mbarrier_arrive_expect(smem.v_full(v_ring), VTile::kBytes);
-      load_panels(smem.v(v_ring), &p.v, smem.v_full(v_ring), p.call.problem, p.call.v,
+    const auto load_v = [&](const Ring& at, int tile) {
+      mbarrier_wait(smem.v_empty(at), at.phase ^ 1);
+      mbarrier_arrive_expect(smem.v_full(at), VTile::kBytes);
+      load_panels(smem.v(at), &p.v, smem.v_full(at), p.call.problem, p.call.v,
                   mask.k_start + tile * kBlockKV, mask.k_end(), head_k, mask.array_batch());
-      v_ring.advance();
     };
 
     KeyTiles tiles(mask, work.head, first_row, kBlockQ, kBlockKV);
-    if (tiles.valid()) load_k(tiles.current);
+    if (tiles.valid()) load_k(ring, tiles.current);
     load_q();
 #pragma unroll 1
-    for (; tiles.valid(); tiles.advance()) {
-      if (tiles.has_next()) load_k(tiles.next());
-      load_v(tiles.current);
+    for (; tiles.valid(); tiles.advance(), ring.advance()) {
+      if (tiles.has_next()) load_k(ring.next(), tiles.next());
+      load_v(ring, tiles.current);
     }
   }
 }
@@ -217,7 +228,7 @@ struct KeyTile {
   bool partly;  // visible to the warpgroup's rows
 };
 
-// Of the key tiles that the block visits, what one warpgroup's rows see. Lists do not tell.
+// Of the key tiles that the block visits, what one warpgroup's rows see. Lists do not tell of rows.
 struct OwnKeyTiles {
   Interval visited, full;
 
@@ -225,13 +236,19 @@ struct OwnKeyTiles {
       : visited(mask.key_tiles(first_row, kWarpgroupRows, kBlockKV)),
         full(mask.full_key_tiles(first_row, kWarpgroupRows, kBlockKV)) {}
 
-  DEVICE bool sees(int tile) const {
-    return kHasTree || visited.begin <= tile && tile < visited.end;
+  DEVICE bool see(const KeyTiles& tiles) const {
+    return kHasTree || visited.begin <= tiles.current && tiles.current < visited.end;
   }
+  // Of a tile that they see.
   DEVICE KeyTile current(const KeyTiles& tiles) const {
     const int tile = tiles.current;
-    if (kHasTree) return {tile, tiles.partly_visible()};
+    if constexpr (kHasTree) return {tile, warp_uniform(tiles.partly_visible())};
     return {tile, tile < full.begin || tile >= full.end};
+  }
+  // Whether the tile after a fully visible one is fully visible too.
+  DEVICE bool see_all(const KeyTiles& tiles) const {
+    if constexpr (kHasTree) return warp_uniform(tiles.valid() && !tiles.partly_visible());
+    return tiles.current >= full.begin;
   }
 };
 
@@ -242,7 +259,11 @@ struct Consumer {
   const int index;
   const Scores scores;
   const Dropout dropout;
-  Ring k_ring, v_ring;
+  const int turn;  // turn_barrier(index), in a register of its own
+  const RowOperand<QTile> q;
+  const RowOperand<KTile> first_k;  // of the first stage
+  const ColumnOperand<VTile> first_v;
+  Ring ring;  // of the next q kᵀ; p v is one behind
 
   // Of the present work item.
   int head;
@@ -258,6 +279,10 @@ struct Consumer {
         index(index),
         scores(p.call.problem),
         dropout(p.call.problem),
+        turn(turn_barrier(threadIdx.x / kWarpgroupThreads - 1)),
+        q(smem.q(index), 0),
+        first_k(RowOperand<KTile>(smem.k(Ring()), 0).first.kept()),
+        first_v(ColumnOperand<VTile>(smem.v(Ring()), 0).first.kept()),
         softmax(scores.factor()) {}
 
   DEVICE void run() {
@@ -285,19 +310,25 @@ struct Consumer {
     clear(o_acc);
 
 #pragma unroll 1
-    for (; tiles.valid() && !own.sees(tiles.current); tiles.advance()) skip();
+    for (; tiles.valid() && !own.see(tiles); tiles.advance()) skip();
     if (tiles.valid()) {
       KeyTile last = own.current(tiles);
       begin_with(mask, last);
       tiles.advance();
+      // One way back alone: after two, the compiler takes nothing for uniform any more.
 #pragma unroll 1
-      for (; tiles.valid() && own.sees(tiles.current); tiles.advance()) {
+      for (;;) {
+        // `last` stays what it is, fully visible: nobody asks which tile that was.
+        if (!last.partly) {
+#pragma unroll 1
+          for (; own.see_all(tiles); tiles.advance())
+            step<false>(mask, last, {tiles.current, false});
+        }
+        if (!tiles.valid() || !own.see(tiles)) break;
         const KeyTile next = own.current(tiles);
-        if (last.partly || next.partly)
-          step<true>(mask, last, next);
-        else
-          step<false>(mask, last, next);
+        step<true>(mask, last, next);
         last = next;
+        tiles.advance();
       }
       end_with(mask, last);
     } else {
@@ -311,13 +342,14 @@ struct Consumer {
 
   // s of the first tile: no product p v to run beside yet.
   DEVICE void begin_with(const Mask& mask, const KeyTile& tile) {
-    mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
+    mbarrier_wait(smem.k_full(ring), ring.phase);
     take_turn();
     issue_scores();
     pass_turn();
     const u64 visible = look(mask, tile);
     wgmma_wait<0>(s_acc);
-    release_k();
+    release_read(smem.k_empty(ring));
+    ring.advance();
     see(mask, tile, visible);
     pack_operand(probabilities, s_acc);
   }
@@ -325,80 +357,92 @@ struct Consumer {
   // s of the next tile beside p v of the last.
   template <bool kMasked>
   DEVICE void step(const Mask& mask, const KeyTile& last, const KeyTile& next) {
-    if (kMasked && last.partly && add_visible_values(mask, last)) {
-      begin_with(mask, next);
-      if (kRescaleLate) softmax.rescale(o_acc);
-      return;
-    }
-    mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
+    const Ring behind = ring.previous();
+    mbarrier_wait(smem.k_full(ring), ring.phase);
     take_turn();
     issue_scores();
     if (!kRescaleLate) softmax.rescale(o_acc);
-    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
-    issue_values();
-    pass_turn();
-    const u64 visible = kMasked ? look(mask, next) : 0;
-    wgmma_wait<1>(s_acc);
-    release_k();
-    see(mask, {next.index, kMasked && next.partly}, visible);
-    wgmma_wait<0>(o_acc, probabilities);
-    release_v();
+    mbarrier_wait(smem.v_full(behind), behind.phase);
+    if (kMasked && last.partly && holds_hidden(behind)) {
+      pass_turn();
+      add_visible_values(mask, last, behind);
+      const u64 visible = look(mask, next);
+      wgmma_wait<0>(s_acc);
+      release(smem.v_empty(behind));
+      release_read(smem.k_empty(ring));
+      see(mask, next, visible);
+    } else {
+      issue_values(behind);
+      pass_turn();
+      const u64 visible = kMasked ? look(mask, next) : 0;
+      wgmma_wait<1>(s_acc);
+      release_read(smem.k_empty(ring));
+      see(mask, {next.index, kMasked && next.partly}, visible);
+      wgmma_wait<0>(o_acc, probabilities);
+      release_read(smem.v_empty(behind));
+    }
+    ring.advance();
     pack_operand(probabilities, s_acc);
     if (kRescaleLate) softmax.rescale(o_acc);
   }
 
   // p v of the last tile.
   DEVICE void end_with(const Mask& mask, const KeyTile& last) {
+    const Ring behind = ring.previous();
     release_q();
-    if (last.partly && add_visible_values(mask, last)) return;
     if (!kRescaleLate) softmax.rescale(o_acc);
-    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
-    issue_values();
+    mbarrier_wait(smem.v_full(behind), behind.phase);
+    if (last.partly && holds_hidden(behind)) {
+      add_visible_values(mask, last, behind);
+      release(smem.v_empty(behind));
+      return;
+    }
+    issue_values(behind);
     wgmma_wait<0>(o_acc, probabilities);
-    release_v();
+    release_read(smem.v_empty(behind));
   }
 
   // A tile that only other warpgroups see.
   DEVICE void skip() {
-    mbarrier_wait(smem.k_full(k_ring), k_ring.phase);
+    mbarrier_wait(smem.k_full(ring), ring.phase);
     take_turn();
     pass_turn();
-    release_k();
-    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
-    release_v();
+    release(smem.k_empty(ring));
+    mbarrier_wait(smem.v_full(ring), ring.phase);
+    release(smem.v_empty(ring));
+    ring.advance();
   }
 
   // s = q kᵀ
   DEVICE void issue_scores() {
-    // Descriptors of q that the compiler kept from tile to tile would take many registers.
-    const QTile q_smem{(u32)opaque(smem.q(index).base)};
-    const KTile k_smem = smem.k(k_ring);
+    const RowOperand<KTile> k = first_k.of_tile(ring.stage);
     wgmma_fence(s_acc);
-    issue_gemm<kHeadDim / 16>(s_acc, RowOperand<QTile>{q_smem, 0}, RowOperand<KTile>{k_smem, 0},
-                              false);
+    issue_gemm<kKeptSteps>(s_acc, q, k, false);
+    if constexpr (kKeptSteps < kSteps) {
+      const Descriptor<QTile> hidden((u32)opaque(q.first.low));
+      issue_gemm<kSteps, kKeptSteps>(s_acc, RowOperand<QTile>(hidden), k, true);
+    }
     wgmma_commit();
   }
 
   // o += p v
-  DEVICE void issue_values() {
-    const VTile v_smem = smem.v(v_ring);
+  DEVICE void issue_values(const Ring& at) {
     wgmma_fence(o_acc, probabilities);
-    issue_gemm<kBlockKV / 16>(o_acc, probabilities, ColumnOperand<VTile>{v_smem, 0}, true);
+    issue_gemm<kBlockKV / 16>(o_acc, probabilities, first_v.of_tile(at.stage), true);
     wgmma_commit();
   }
 
-  // Where inf or NaN may hide behind the mask: o += p v of the visible alone, and true.
-  DEVICE bool add_visible_values(const Mask& mask, const KeyTile& tile) {
-    const VTile v_smem = smem.v(v_ring);
-    mbarrier_wait(smem.v_full(v_ring), v_ring.phase);
-    if (!holds_non_finite(v_smem, own_barrier(index))) return false;
-    if (!kRescaleLate) softmax.rescale(o_acc);
+  // Whether inf or NaN may hide behind the mask.
+  DEVICE bool holds_hidden(const Ring& at) const {
+    return warp_uniform(holds_non_finite(smem.v(at), own_barrier(index)));
+  }
+  // o += p v of the visible alone.
+  DEVICE void add_visible_values(const Mask& mask, const KeyTile& tile, const Ring& at) {
     const int row = first_row + warpgroup_row() + acc_row(0, 0);
-    add_visible(o_acc, RegisterLeft<kBlockKV / 16>{probabilities}, v_smem, 0, [&](int r, int key) {
-      return mask.visible(head, row + 8 * r, tile.index * kBlockKV + key);
-    });
-    release_v();
-    return true;
+    add_visible(o_acc, RegisterLeft<kBlockKV / 16>{probabilities}, smem.v(at), 0,
+                [&](int r, int key) {
+                  return mask.visible(head, row + 8 * r, tile.index * kBlockKV + key);
+                });
   }
 
   DEVICE Places<false> places(const Mask& mask, const KeyTile& tile) const {
@@ -427,21 +471,13 @@ struct Consumer {
 
   // Once per tile and warpgroup, in a circle; warpgroup 0 begins.
   DEVICE void take_turn() const {
-    if (kPingPong) named_barrier_sync(turn_barrier(index), 2 * kWarpgroupThreads);
+    if (kPingPong) named_barrier_sync(turn, 2 * kWarpgroupThreads);
   }
   DEVICE void pass_turn() const {
     if (kPingPong)
       named_barrier_arrive(turn_barrier((index + 1) % kConsumers), 2 * kWarpgroupThreads);
   }
 
-  DEVICE void release_k() {
-    release(smem.k_empty(k_ring));
-    k_ring.advance();
-  }
-  DEVICE void release_v() {
-    release(smem.v_empty(v_ring));
-    v_ring.advance();
-  }
   // After the last product with q; where the output goes over q, its store comes first.
   DEVICE void release_q() const {
     if (!kOutOverQ) release(smem.q_empty(index));

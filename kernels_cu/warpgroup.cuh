@@ -16,11 +16,16 @@ DEVICE int warpgroup_thread() { return threadIdx.x % kWarpgroupThreads; }
 // The first of this warp's 16 rows.
 DEVICE int warpgroup_row() { return warp_id() % 4 * 16; }
 
-// Arrives once for each warp, when its last lane is done: a lane that still waited for the phase
+// Arrives once for each warp, behind a wait for the products that have read the stage: they end for
+// all lanes at once.
+DEVICE void release_read(u32 mbarrier) {
+  if (lane_id() == 0) mbarrier_arrive(mbarrier);
+}
+// The same anywhere, when the warp's last lane is done: a lane that still waited for the phase
 // before could miss two.
 DEVICE void release(u32 mbarrier) {
   __syncwarp();
-  if (lane_id() == 0) mbarrier_arrive(mbarrier);
+  release_read(mbarrier);
 }
 
 // Matrix descriptor (PTX ISA, wgmma): address, leading and stride offsets in units of 16 bytes. No
@@ -31,6 +36,12 @@ struct Descriptor {
 
   DEVICE Descriptor(u32 address, u32 leading_bytes)
       : low(leading_bytes >> 4 << 16 | address >> 4) {}
+  DEVICE explicit Descriptor(u32 low) : low(low) {}
+  // Computed once: the compiler would compute it anew where it is used.
+  DEVICE Descriptor kept() const { return Descriptor((u32)warp_uniform(low)); }
+  DEVICE Descriptor of_tile(int index) const {
+    return Descriptor(low + index * (Tile::kBytes / 16));
+  }
   DEVICE u64 plus(int bytes) const {
     constexpr u32 kSwizzle = Tile::kPanelCols == 64 ? 1 : 2;
     constexpr u32 kStrideBytes = 8 * Tile::kPitch;  // between groups of eight rows
@@ -45,6 +56,9 @@ struct RowOperand {
   Descriptor<Tile> first;
   // `row`: a multiple of 8.
   DEVICE RowOperand(const Tile& tile, int row) : first(tile.base + row * Tile::kPitch, 16) {}
+  DEVICE explicit RowOperand(Descriptor<Tile> first) : first(first) {}
+  // The same rows of one of the tiles that follow each other.
+  DEVICE RowOperand of_tile(int index) const { return RowOperand(first.of_tile(index)); }
   DEVICE u64 at(int k) const {
     const int col = 16 * k;
     return first.plus(col / Tile::kPanelCols * Tile::kPanelBytes + col % Tile::kPanelCols * 2);
@@ -58,14 +72,17 @@ struct ColumnOperand {
   // `col`: a multiple of a panel's columns.
   DEVICE ColumnOperand(const Tile& tile, int col)
       : first(tile.base + col / Tile::kPanelCols * Tile::kPanelBytes, Tile::kPanelBytes) {}
+  DEVICE explicit ColumnOperand(Descriptor<Tile> first) : first(first) {}
+  // The same columns of one of the tiles that follow each other.
+  DEVICE ColumnOperand of_tile(int index) const { return ColumnOperand(first.of_tile(index)); }
   DEVICE u64 at(int k) const { return first.plus(16 * k * Tile::kPitch); }
 };
 
-// Issues the products of kK steps of 16; the caller fences before and commits after.
-template <int kK, int kN, class Left, class Right>
+// Issues the products of steps kFirst to kK of 16; the caller fences before and commits after.
+template <int kK, int kFirst = 0, int kN, class Left, class Right>
 DEVICE void issue_gemm(float (&acc)[1][kN][4], const Left& a, const Right& b, bool accumulate) {
 #pragma unroll
-  for (int k = 0; k < kK; k++)
+  for (int k = kFirst; k < kK; k++)
     Wgmma<Element, 8 * kN>::template ss<Left::kTrans, Right::kTrans>(acc[0], a.at(k), b.at(k),
                                                                      accumulate || k > 0);
 }

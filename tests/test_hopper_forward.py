@@ -48,8 +48,9 @@ SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1)]
 
 WRONG = "wrong result"
 SOURCE = "flash_fwd_sm90.cu"
-K_FULL = "mbarrier_wait(smem.k_full(k_ring), k_ring.phase);"
-V_FULL = "mbarrier_wait(smem.v_full(v_ring), v_ring.phase);"
+K_FULL = "mbarrier_wait(smem.k_full(ring), ring.phase);"
+V_FULL = "mbarrier_wait(smem.v_full(behind), behind.phase);"
+V_READ = "wgmma_wait<0>(o_acc, probabilities);\n      release_read(smem.v_empty(behind));"
 OWN_BARRIER = "named_barrier_sync(own_barrier(index), kWarpgroupThreads);"
 
 # name: (file, what stands there, what takes its place, what it has to end with, in which case)
@@ -61,17 +62,11 @@ BUGS = {
         "race:",
         LONG,
     ),
-    "v-not-awaited": (
-        SOURCE,
-        f"    {V_FULL}\n    issue_values();",
-        "    issue_values();",
-        "race:",
-        LONG,
-    ),
+    "v-not-awaited": (SOURCE, f"    {V_FULL}\n", "", "race:", LONG),
     "v-released-early": (
         SOURCE,
-        "    issue_values();\n    pass_turn();",
-        "    issue_values();\n    release(smem.v_empty(v_ring));\n    pass_turn();",
+        "      issue_values(behind);\n      pass_turn();",
+        "      issue_values(behind);\n      release(smem.v_empty(behind));\n      pass_turn();",
         "race:|arrivals",
         LONG,
     ),
@@ -84,15 +79,15 @@ BUGS = {
     ),
     "v-never-released": (
         SOURCE,
-        "    release(smem.v_empty(v_ring));\n    v_ring.advance();",
-        "    v_ring.advance();",
+        V_READ,
+        "wgmma_wait<0>(o_acc, probabilities);",
         "deadlock:",
         LONG,
     ),
     "skipped-v-kept": (
         SOURCE,
-        f"    {V_FULL}\n    release_v();\n  }}\n\n  // s = q",
-        "    v_ring.advance();\n  }\n\n  // s = q",
+        "    mbarrier_wait(smem.v_full(ring), ring.phase);\n    release(smem.v_empty(ring));\n",
+        "",
         "deadlock:",
         CASES["causal"],
     ),
@@ -105,22 +100,22 @@ BUGS = {
     ),
     "k-empty-parity": (
         SOURCE,
-        "mbarrier_wait(smem.k_empty(k_ring), k_ring.phase ^ 1);",
-        "mbarrier_wait(smem.k_empty(k_ring), k_ring.phase);",
+        "mbarrier_wait(smem.k_empty(at), at.phase ^ 1);",
+        "mbarrier_wait(smem.k_empty(at), at.phase);",
         "race:|deadlock:",
         LONG,
     ),
     "v-empty-not-awaited": (
         SOURCE,
-        "      mbarrier_wait(smem.v_empty(v_ring), v_ring.phase ^ 1);\n",
+        "      mbarrier_wait(smem.v_empty(at), at.phase ^ 1);\n",
         "",
         "race:|more",
         LONG,
     ),
     "too-few-bytes": (
         SOURCE,
-        "smem.v_full(v_ring), VTile::kBytes)",
-        "smem.v_full(v_ring), VTile::kBytes - 16)",
+        "smem.v_full(at), VTile::kBytes)",
+        "smem.v_full(at), VTile::kBytes - 16)",
         "deadlock:|race:|bytes|more",
         LONG,
     ),
@@ -134,8 +129,8 @@ BUGS = {
     "barriers-not-shown": (SOURCE, "  __syncthreads();\n\n", "\n", "race:|mbarrier", LONG),
     "a-lane-left-behind": (
         "warpgroup.cuh",
-        "  __syncwarp();\n  if (lane_id() == 0) mbarrier_arrive",
-        "  if (lane_id() == 0) mbarrier_arrive",
+        "  __syncwarp();\n  release_read(mbarrier);",
+        "  release_read(mbarrier);",
         "deadlock:",
         CASES["lengths"],
     ),
@@ -148,8 +143,8 @@ BUGS = {
     ),
     "output-not-awaited": (
         SOURCE,
-        "    wgmma_wait<0>(o_acc, probabilities);\n    release_v();\n    pack",
-        "    wgmma_wait<1>(o_acc, probabilities);\n    release_v();\n    pack",
+        V_READ,
+        V_READ.replace("<0>", "<1>"),
         "flight|accumulators|race:",
         LONG,
     ),
@@ -167,6 +162,13 @@ BUGS = {
         "0 : row / 2 % 4",
         WRONG,
         LONG,
+    ),
+    "fully-visible-for-a-tile-too-long": (
+        SOURCE,
+        "return tiles.current >= full.begin;",
+        "return tiles.current >= full.begin - 1;",
+        WRONG,
+        CASES["window"],
     ),
     "not-rescaled": (SOURCE, "if (kRescaleLate) softmax.rescale(o_acc);", "", WRONG, LONG),
     "not-hidden": (
@@ -339,8 +341,8 @@ WATCHED = (
         "      mbarrier_wait(smem.q_full(index), list.round % 2);\n",
     ),
     (
-        "    issue_values();\n    wgmma_wait<0>(o_acc, probabilities);\n",
-        "    issue_values();\n"
+        "    issue_values(behind);\n    wgmma_wait<0>(o_acc, probabilities);\n",
+        "    issue_values(behind);\n"
         "    if (has_next) mbarrier_wait(smem.q_full(index), round % 2);\n"
         "    wgmma_wait<0>(o_acc, probabilities);\n",
     ),
