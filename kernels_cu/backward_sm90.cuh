@@ -107,19 +107,6 @@ struct BackwardStorage {
   DEVICE u32 mbarrier(int index) const { return base + kMbarriers + index * kMbarrierBytes; }
 };
 
-// A place in the rings of q and dout, and the parity of its present use.
-struct Stage {
-  int index = 0;
-  u32 parity = 0;
-  DEVICE int previous() const { return index == 0 ? kStages - 1 : index - 1; }
-  DEVICE Stage next() const {
-    Stage stage;
-    stage.index = index + 1 == kStages ? 0 : index + 1;
-    stage.parity = parity ^ (stage.index == 0);
-    return stage;
-  }
-};
-
 template <class Storage>
 DEVICE void init_mbarriers(const Storage& smem) {
   mbarrier_init(smem.k_full(), 1);
@@ -141,7 +128,7 @@ DEVICE void load(const BackwardParamsSm90& p, const Work& work, const Mask& mask
   const Problem& problem = p.call.problem;
   const int first_key = work.tile * Storage::KTile::kRows;
   bool first = true;
-  Stage stage;
+  Stage<kStages> stage;
 #pragma unroll 1
   for (; walk.valid(); walk.advance(), stage = stage.next()) {
     const int first_row = walk.tiles.current * kBlockQ;
@@ -267,7 +254,7 @@ struct BackwardConsumer {
   const Scores scores;
   const Dropout dropout;
   const int index;  // of the warpgroup
-  Stage stage;
+  Stage<kStages> stage;
 
   DEVICE BackwardConsumer(const BackwardParamsSm90& p, const Work& work, const Mask& mask,
                           const Storage& smem)
@@ -279,7 +266,17 @@ struct BackwardConsumer {
         dropout(p.call.problem),
         index(warpgroup_id() - 1) {}
 
+  // Before the first tile of a head; this warpgroup's part of dq begins at (row, col) of the tiles.
+  DEVICE void begin_head(int head, int row, int col) {
+    const int part = (row / 16 + warp_id() % 4) * QueryGrid::kWarpsN + col / (8 * QueryGrid::kN);
+    const i64 tile = workspace_tile(p.call.problem, work.batch, head, 0);
+    first_sums =
+        p.call.dq_acc + tile * kBlockQ * kHeadDim + (part * kWarpSize + lane_id()) * kSumFloats;
+  }
+
  protected:
+  float* first_sums;  // of this thread, in dq_acc's first tile of the head
+
   // The first of this warpgroup's part of sᵀ and dpᵀ, in the tiles.
   DEVICE int first_key() const { return kDivideKeys ? index * kWarpgroupRows : 0; }
   DEVICE int first_query() const { return kDivideKeys ? 0 : index * kQueries; }
@@ -408,15 +405,11 @@ struct BackwardConsumer {
     return mask.visible(walk.head, query, work.tile * kBlockKV + key);
   }
 
-  // dq from (row, col) of the tile on: each thread's sums where post's thread of the same QueryGrid
-  // part reads them.
+  // Each thread's sums of dq stand where post's thread of the same QueryGrid part reads them.
   template <int kN>
-  DEVICE void add_dq(const float (&dq)[1][kN][4], int row, int col, const GroupTiles& walk) const {
+  DEVICE void add_dq(const float (&dq)[1][kN][4], const GroupTiles& walk) const {
     static_assert(kN == QueryGrid::kN, "post reads what this kernel adds");
-    const int part = (row / 16 + warp_id() % 4) * QueryGrid::kWarpsN + col / (8 * kN);
-    const i64 tile = workspace_tile(p.call.problem, work.batch, walk.head, walk.tiles.current);
-    float* sums =
-        p.call.dq_acc + tile * kBlockQ * kHeadDim + (part * kWarpSize + lane_id()) * kSumFloats;
+    float* sums = first_sums + walk.tiles.current * (i64)(kBlockQ * kHeadDim);
     if (kDeterministic) named_barrier_sync(kTurnBarrier, kTurnThreads);
 #pragma unroll
     for (int n = 0; n < kN; n++) red_add(sums + n * kThreads * kSumFloats, dq[0][n]);
@@ -452,11 +445,21 @@ DEVICE void run_block(const BackwardParamsSm90& p, const Storage& smem) {
       mbarrier_wait(smem.v_full(), 0);
     }
 #pragma unroll 1
-    for (; walk.valid(); walk.advance(), consumer.stage = consumer.stage.next()) {
-      if (walk.tiles.partly_visible())
+    while (walk.valid()) {
+      consumer.begin_head(walk.head, consumer.dq_row(), consumer.dq_col());
+      if (warp_uniform(walk.tiles.partly_visible())) {
         consumer.template step<true>(walk);
-      else
+        consumer.stage = consumer.stage.next();
+        walk.advance();
+        continue;
+      }
+#pragma unroll 1
+      do {
         consumer.template step<false>(walk);
+        consumer.stage = consumer.stage.next();
+        walk.tiles.advance();
+      } while (kHasTree ? warp_uniform(walk.tiles.stay_full()) : walk.tiles.stay_full());
+      walk.settle();
     }
     consumer.finish();
   }

@@ -56,6 +56,10 @@ struct Consumer : BackwardConsumer<Storage> {
     clear(dv);
   }
 
+  // Of this warpgroup's part of dq.
+  DEVICE int dq_row() const { return kSplitColumns ? 0 : index * kWarpgroupRows; }
+  DEVICE int dq_col() const { return kSplitColumns ? index * kDqCols : 0; }
+
   template <bool kPartly>
   DEVICE void step(const GroupTiles& walk) {
     Visible visible;
@@ -79,7 +83,7 @@ struct Consumer : BackwardConsumer<Storage> {
         add_gradients(dq, probs, walk, visible);
         release(smem.dout_empty(stage.index));
         release(smem.q_empty(stage.index));
-        add_dq(dq, dq_row(), dq_col(), walk);
+        add_dq(dq, walk);
         return;
       }
       start_dv(probs);
@@ -88,12 +92,12 @@ struct Consumer : BackwardConsumer<Storage> {
     }
     start_dq(dq);
     wgmma_wait<1>(dv, probs);
-    release(smem.dout_empty(stage.index));
+    release_read(smem.dout_empty(stage.index));
     start_dk(ds);
     wgmma_wait<1>(dq);
-    add_dq(dq, dq_row(), dq_col(), walk);
+    add_dq(dq, walk);
     wgmma_wait<0>(dk, ds);
-    release(smem.q_empty(stage.index));
+    release_read(smem.q_empty(stage.index));
   }
 
   // dk and dv through shared memory, over k and v.
@@ -116,10 +120,6 @@ struct Consumer : BackwardConsumer<Storage> {
   }
 
  private:
-  // Of this warpgroup's part of dq.
-  DEVICE int dq_row() const { return kSplitColumns ? 0 : index * kWarpgroupRows; }
-  DEVICE int dq_col() const { return kSplitColumns ? index * kDqCols : 0; }
-
   // dv += pᵀ dout
   DEVICE void start_dv(ScoreOperand& probs) {
     const DoutTile dout = smem.dout(stage.index);

@@ -60,6 +60,10 @@ struct Consumer : BackwardConsumer<Storage> {
     clear(dv);
   }
 
+  // Of this warpgroup's part of dq.
+  DEVICE int dq_row() const { return 0; }
+  DEVICE int dq_col() const { return first_col(); }
+
   template <bool kPartly>
   DEVICE void step(const GroupTiles& walk) {
     Visible visible;
@@ -69,7 +73,7 @@ struct Consumer : BackwardConsumer<Storage> {
     start_dp(dp);
     if constexpr (kPartly && kHasTree) look(walk, visible);  // takes long: while these run
     if (dv_is_due)
-      start_dv(stage.previous());
+      start_dv(stage.previous().index);
     else
       wgmma_commit();  // an empty group, so that the waits count alike
     const bool non_finite = finish_scores<kPartly, 1>(s, dp, walk, visible);
@@ -77,7 +81,7 @@ struct Consumer : BackwardConsumer<Storage> {
     store_part(smem.ds(stage.index), dp);
     fence_proxy_async();
     wgmma_wait<0>(dv);
-    if (dv_is_due) release(smem.dout_empty(stage.previous()));
+    if (dv_is_due) release_read(smem.dout_empty(stage.previous().index));
 
     QueryAcc dq;
     if constexpr (kPartly) {
@@ -85,7 +89,7 @@ struct Consumer : BackwardConsumer<Storage> {
         add_gradients(dq, walk, visible);
         release(smem.dout_empty(stage.index));
         release(smem.q_empty(stage.index));
-        add_dq(dq, 0, first_col(), walk);
+        add_dq(dq, walk);
         dv_is_due = false;
         return;
       }
@@ -95,16 +99,16 @@ struct Consumer : BackwardConsumer<Storage> {
     start_dq(dq);
     start_dk();
     wgmma_wait<1>(dq);
-    add_dq(dq, 0, first_col(), walk);
+    add_dq(dq, walk);
     wgmma_wait<0>(dk);
-    release(smem.q_empty(stage.index));
+    release_read(smem.q_empty(stage.index));
     dv_is_due = true;
   }
 
   // dk and dv through shared memory, over k and v.
   DEVICE void finish() {
     if (dv_is_due) {
-      start_dv(stage.previous());
+      start_dv(stage.previous().index);
       wgmma_wait<0>(dv);
     }
     const KTile dk_tile = smem.k();

@@ -99,40 +99,23 @@ static_assert(sizeof(ForwardParamsSm90) == PARAMS_BYTES,
 DEVICE int own_barrier(int consumer) { return 1 + consumer; }
 DEVICE int turn_barrier(int consumer) { return 1 + kConsumers + consumer; }
 
-// A position in the ring of stages, of K and V alike; a barrier's phase turns over once a round.
-struct Ring {
-  int stage = 0;
-  u32 phase = 0;
-
-  DEVICE void advance() { *this = next(); }
-  // Two stages take fewest instructions by bits.
-  DEVICE Ring next() const {
-    if (kStages == 2) return {stage ^ 1, phase ^ stage};
-    const bool wraps = stage + 1 == kStages;
-    return {wraps ? 0 : stage + 1, phase ^ wraps};
-  }
-  DEVICE Ring previous() const {
-    if (kStages == 2) return {stage ^ 1, phase ^ stage ^ 1};
-    const bool wraps = stage == 0;
-    return {wraps ? kStages - 1 : stage - 1, phase ^ wraps};
-  }
-};
+typedef Stage<kStages> Ring;  // a tile's place in it, of K and V alike
 
 struct Smem {
   u32 base;
   DEVICE QTile q(int consumer) const { return {base + consumer * kQBytes / kConsumers}; }
-  DEVICE KTile k(const Ring& ring) const { return {base + kKOffset + ring.stage * KTile::kBytes}; }
-  DEVICE VTile v(const Ring& ring) const { return {base + kVOffset + ring.stage * VTile::kBytes}; }
+  DEVICE KTile k(const Ring& ring) const { return {base + kKOffset + ring.index * KTile::kBytes}; }
+  DEVICE VTile v(const Ring& ring) const { return {base + kVOffset + ring.index * VTile::kBytes}; }
   DEVICE OutTile out(int consumer) const {
     return {kOutOverQ ? q(consumer).base : base + kOutOffset + consumer * OutTile::kBytes};
   }
 
   DEVICE u32 q_full(int consumer) const { return barrier(consumer); }
   DEVICE u32 q_empty(int consumer) const { return barrier(kConsumers + consumer); }
-  DEVICE u32 k_full(const Ring& ring) const { return of_stage(0, ring.stage); }
-  DEVICE u32 k_empty(const Ring& ring) const { return of_stage(1, ring.stage); }
-  DEVICE u32 v_full(const Ring& ring) const { return of_stage(2, ring.stage); }
-  DEVICE u32 v_empty(const Ring& ring) const { return of_stage(3, ring.stage); }
+  DEVICE u32 k_full(const Ring& ring) const { return of_stage(0, ring.index); }
+  DEVICE u32 k_empty(const Ring& ring) const { return of_stage(1, ring.index); }
+  DEVICE u32 v_full(const Ring& ring) const { return of_stage(2, ring.index); }
+  DEVICE u32 v_empty(const Ring& ring) const { return of_stage(3, ring.index); }
 
   DEVICE void init_barriers() const {
     for (int consumer = 0; consumer < kConsumers; consumer++) {
@@ -200,13 +183,13 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
       }
     };
     const auto load_k = [&](const Ring& at, int tile) {
-      mbarrier_wait(smem.k_empty(at), at.phase ^ 1);
+      mbarrier_wait(smem.k_empty(at), at.parity ^ 1);
       mbarrier_arrive_expect(smem.k_full(at), KTile::kBytes);
       load_panels(smem.k(at), &p.k, smem.k_full(at), p.call.problem, p.call.k,
                   mask.k_start + tile * kBlockKV, mask.k_end(), head_k, mask.array_batch());
     };
     const auto load_v = [&](const Ring& at, int tile) {
-      mbarrier_wait(smem.v_empty(at), at.phase ^ 1);
+      mbarrier_wait(smem.v_empty(at), at.parity ^ 1);
       mbarrier_arrive_expect(smem.v_full(at), VTile::kBytes);
       load_panels(smem.v(at), &p.v, smem.v_full(at), p.call.problem, p.call.v,
                   mask.k_start + tile * kBlockKV, mask.k_end(), head_k, mask.array_batch());
@@ -216,7 +199,7 @@ DEVICE void produce(const ForwardParamsSm90& p, const Smem& smem) {
     if (tiles.valid()) load_k(ring, tiles.current);
     load_q();
 #pragma unroll 1
-    for (; tiles.valid(); tiles.advance(), ring.advance()) {
+    for (; tiles.valid(); tiles.advance(), ring = ring.next()) {
       if (tiles.has_next()) load_k(ring.next(), tiles.next());
       load_v(ring, tiles.current);
     }
@@ -342,14 +325,14 @@ struct Consumer {
 
   // s of the first tile: no product p v to run beside yet.
   DEVICE void begin_with(const Mask& mask, const KeyTile& tile) {
-    mbarrier_wait(smem.k_full(ring), ring.phase);
+    mbarrier_wait(smem.k_full(ring), ring.parity);
     take_turn();
     issue_scores();
     pass_turn();
     const u64 visible = look(mask, tile);
     wgmma_wait<0>(s_acc);
     release_read(smem.k_empty(ring));
-    ring.advance();
+    ring = ring.next();
     see(mask, tile, visible);
     pack_operand(probabilities, s_acc);
   }
@@ -358,11 +341,11 @@ struct Consumer {
   template <bool kMasked>
   DEVICE void step(const Mask& mask, const KeyTile& last, const KeyTile& next) {
     const Ring behind = ring.previous();
-    mbarrier_wait(smem.k_full(ring), ring.phase);
+    mbarrier_wait(smem.k_full(ring), ring.parity);
     take_turn();
     issue_scores();
     if (!kRescaleLate) softmax.rescale(o_acc);
-    mbarrier_wait(smem.v_full(behind), behind.phase);
+    mbarrier_wait(smem.v_full(behind), behind.parity);
     if (kMasked && last.partly && holds_hidden(behind)) {
       pass_turn();
       add_visible_values(mask, last, behind);
@@ -381,7 +364,7 @@ struct Consumer {
       wgmma_wait<0>(o_acc, probabilities);
       release_read(smem.v_empty(behind));
     }
-    ring.advance();
+    ring = ring.next();
     pack_operand(probabilities, s_acc);
     if (kRescaleLate) softmax.rescale(o_acc);
   }
@@ -391,7 +374,7 @@ struct Consumer {
     const Ring behind = ring.previous();
     release_q();
     if (!kRescaleLate) softmax.rescale(o_acc);
-    mbarrier_wait(smem.v_full(behind), behind.phase);
+    mbarrier_wait(smem.v_full(behind), behind.parity);
     if (last.partly && holds_hidden(behind)) {
       add_visible_values(mask, last, behind);
       release(smem.v_empty(behind));
@@ -404,18 +387,18 @@ struct Consumer {
 
   // A tile that only other warpgroups see.
   DEVICE void skip() {
-    mbarrier_wait(smem.k_full(ring), ring.phase);
+    mbarrier_wait(smem.k_full(ring), ring.parity);
     take_turn();
     pass_turn();
     release(smem.k_empty(ring));
-    mbarrier_wait(smem.v_full(ring), ring.phase);
+    mbarrier_wait(smem.v_full(ring), ring.parity);
     release(smem.v_empty(ring));
-    ring.advance();
+    ring = ring.next();
   }
 
   // s = q kᵀ
   DEVICE void issue_scores() {
-    const RowOperand<KTile> k = first_k.of_tile(ring.stage);
+    const RowOperand<KTile> k = first_k.of_tile(ring.index);
     wgmma_fence(s_acc);
     issue_gemm<kKeptSteps>(s_acc, q, k, false);
     if constexpr (kKeptSteps < kSteps) {
@@ -428,7 +411,7 @@ struct Consumer {
   // o += p v
   DEVICE void issue_values(const Ring& at) {
     wgmma_fence(o_acc, probabilities);
-    issue_gemm<kBlockKV / 16>(o_acc, probabilities, first_v.of_tile(at.stage), true);
+    issue_gemm<kBlockKV / 16>(o_acc, probabilities, first_v.of_tile(at.index), true);
     wgmma_commit();
   }
 

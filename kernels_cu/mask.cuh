@@ -114,6 +114,14 @@ struct Mask {
     return {begin * rows.group / block_q, ceil_div(end * rows.group, block_q)};
   }
 
+  // Of those, the tiles of which every row, none past the length, sees the key tile whole.
+  DEVICE Interval full_query_tiles(int key, int block_q, int block_kv) const {
+    if (key + block_kv > kv_len) return {0, 0};
+    const int begin = clamp((i64)key + block_kv - 1 - last, 0, q_len);  // i + last >= the last key
+    const int end = clamp((i64)key + 1 - first, 0, q_len);              // i + first <= key
+    return {ceil_div(begin * rows.group, block_q), end * rows.group / block_q};
+  }
+
  private:
   DEVICE int last_position(int row, int block_q) const {
     return smaller(rows.position(smaller(row + block_q, rows.count) - 1), q_len - 1);

@@ -57,12 +57,13 @@ struct ListedKeyTiles : ListedTiles {
 // comes before, have then long left the diagonal, where this one ends.
 struct BandQueryTiles {
   const Mask& mask;
-  Interval visited;
+  Interval visited, full;
   int current, block_q, block_kv, key_tile;
 
   DEVICE BandQueryTiles(const Mask& mask, int, int key_tile, int block_q, int block_kv)
       : mask(mask),
         visited(mask.query_tiles(key_tile * block_kv, block_q, block_kv)),
+        full(mask.full_query_tiles(key_tile * block_kv, block_q, block_kv)),
         current(visited.end - 1),
         block_q(block_q),
         block_kv(block_kv),
@@ -78,11 +79,9 @@ struct BandQueryTiles {
   DEVICE void advance() { current--; }
   DEVICE void restart(int) { current = visited.end - 1; }
   // Rows past the length count as not visible: zeros times an infinite key would not be zero.
-  DEVICE bool partly_visible() const {
-    const Interval full = mask.full_key_tiles(current * block_q, block_q, block_kv);
-    return key_tile < full.begin || key_tile >= full.end ||
-           (current + 1) * block_q > mask.valid_rows();
-  }
+  DEVICE bool partly_visible() const { return current < full.begin || current >= full.end; }
+  // Whether the tile after a fully visible one is fully visible too.
+  DEVICE bool stay_full() const { return current >= full.begin; }
   // How many key tiles add to this query tile before this one.
   DEVICE int turn() const {
     return key_tile - mask.key_tiles(current * block_q, block_q, block_kv).begin;
@@ -97,6 +96,7 @@ struct ListedQueryTiles : ListedTiles {
       : ListedTiles(mask.problem.lists, mask.batch, head, key_tile),
         mask(mask),
         key_tile(key_tile) {}
+  DEVICE bool stay_full() const { return valid() && !partly_visible(); }
   // With the same key tile's list of another head.
   DEVICE void restart(int head) {
     (ListedTiles&)* this = ListedTiles(mask.problem.lists, mask.batch, head, key_tile);
@@ -131,14 +131,15 @@ struct GroupTiles {
 
   DEVICE bool valid() const { return head < end; }
   DEVICE void advance() {
-    if (tiles.has_next())
-      tiles.advance();
-    else
-      next_head();
+    tiles.advance();
+    settle();
+  }
+  // Behind a head's last tile: to the next head that has any.
+  DEVICE void settle() {
+    if (!tiles.valid()) next_head();
   }
 
  private:
-  // The next that has tiles.
   DEVICE void next_head() {
     do {
       if (++head < end) tiles.restart(head);

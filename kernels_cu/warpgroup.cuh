@@ -28,6 +28,26 @@ DEVICE void release(u32 mbarrier) {
   release_read(mbarrier);
 }
 
+// A place in a ring of stages, and the parity of its barriers' present phase, which turns over once
+// a round.
+template <int kStages>
+struct Stage {
+  int index = 0;
+  u32 parity = 0;
+
+  // Of two stages by bits: fewest instructions.
+  DEVICE Stage next() const {
+    if (kStages == 2) return {index ^ 1, parity ^ index};
+    const bool wraps = index + 1 == kStages;
+    return {wraps ? 0 : index + 1, parity ^ wraps};
+  }
+  DEVICE Stage previous() const {
+    if (kStages == 2) return {index ^ 1, parity ^ index ^ 1};
+    const bool wraps = index == 0;
+    return {wraps ? kStages - 1 : index - 1, parity ^ wraps};
+  }
+};
+
 // Matrix descriptor (PTX ISA, wgmma): address, leading and stride offsets in units of 16 bytes. No
 // address of shared memory carries out of its field, so constants may be added to the low half.
 template <class Tile>

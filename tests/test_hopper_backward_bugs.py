@@ -31,7 +31,7 @@ DIFFERENT_BITS = "different bits"
 UNORDERED_SUMS = "race in global memory"
 
 DK_WAIT = "    wgmma_wait<0>(dk, ds);\n"
-FREE_Q = "    release(smem.q_empty(stage.index));\n"
+FREE_Q = "    release_read(smem.q_empty(stage.index));\n"
 
 # Of the kernel in which the warpgroups divide the keys; name: (what stands there, what takes its
 # place, what it has to end with, in which case).
@@ -80,7 +80,7 @@ WIDE_STORES = """    store_part(smem.probs(stage.index), s);
     fence_proxy_async();
 """
 DV_WAIT = "    wgmma_wait<0>(dv);\n"
-FREE_DOUT = "    if (dv_is_due) release(smem.dout_empty(stage.previous()));\n"
+FREE_DOUT = "    if (dv_is_due) release_read(smem.dout_empty(stage.previous().index));\n"
 
 # As BUGS, of the kernel in which the warpgroups divide the columns.
 WIDE_BUGS = {

@@ -48,8 +48,8 @@ SCHEDULES = [("eager", 0), ("lazy", 0), ("random", 0), ("random", 1)]
 
 WRONG = "wrong result"
 SOURCE = "flash_fwd_sm90.cu"
-K_FULL = "mbarrier_wait(smem.k_full(ring), ring.phase);"
-V_FULL = "mbarrier_wait(smem.v_full(behind), behind.phase);"
+K_FULL = "mbarrier_wait(smem.k_full(ring), ring.parity);"
+V_FULL = "mbarrier_wait(smem.v_full(behind), behind.parity);"
 V_READ = "wgmma_wait<0>(o_acc, probabilities);\n      release_read(smem.v_empty(behind));"
 OWN_BARRIER = "named_barrier_sync(own_barrier(index), kWarpgroupThreads);"
 
@@ -86,7 +86,7 @@ BUGS = {
     ),
     "skipped-v-kept": (
         SOURCE,
-        "    mbarrier_wait(smem.v_full(ring), ring.phase);\n    release(smem.v_empty(ring));\n",
+        "    mbarrier_wait(smem.v_full(ring), ring.parity);\n    release(smem.v_empty(ring));\n",
         "",
         "deadlock:",
         CASES["causal"],
@@ -100,14 +100,14 @@ BUGS = {
     ),
     "k-empty-parity": (
         SOURCE,
-        "mbarrier_wait(smem.k_empty(at), at.phase ^ 1);",
-        "mbarrier_wait(smem.k_empty(at), at.phase);",
+        "mbarrier_wait(smem.k_empty(at), at.parity ^ 1);",
+        "mbarrier_wait(smem.k_empty(at), at.parity);",
         "race:|deadlock:",
         LONG,
     ),
     "v-empty-not-awaited": (
         SOURCE,
-        "      mbarrier_wait(smem.v_empty(at), at.phase ^ 1);\n",
+        "      mbarrier_wait(smem.v_empty(at), at.parity ^ 1);\n",
         "",
         "race:|more",
         LONG,
