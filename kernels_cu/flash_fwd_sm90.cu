@@ -96,8 +96,8 @@ static_assert(sizeof(ForwardParamsSm90) == PARAMS_BYTES,
 #endif
 
 // Named barriers: 0 is __syncthreads.
-DEVICE int own_barrier(int consumer) { return 1 + consumer; }
-DEVICE int turn_barrier(int consumer) { return 1 + kConsumers + consumer; }
+DEVICE int turn_barrier(int consumer) { return 1 + consumer; }
+DEVICE int own_barrier(int consumer) { return 1 + kConsumers + consumer; }
 
 typedef Stage<kStages> Ring;  // a tile's place in it, of K and V alike
 
@@ -230,7 +230,7 @@ struct OwnKeyTiles {
   }
   // Whether the tile after a fully visible one is fully visible too.
   DEVICE bool see_all(const KeyTiles& tiles) const {
-    if constexpr (kHasTree) return warp_uniform(tiles.valid() && !tiles.partly_visible());
+    if constexpr (kHasTree) return warp_uniform(tiles.valid() & !tiles.partly_visible());
     return tiles.current >= full.begin;
   }
 };
@@ -242,7 +242,7 @@ struct Consumer {
   const int index;
   const Scores scores;
   const Dropout dropout;
-  const int turn;  // turn_barrier(index), in a register of its own
+  const int turn;  // turn_barrier(index): so computed, it stays in a register
   const RowOperand<QTile> q;
   const RowOperand<KTile> first_k;  // of the first stage
   const ColumnOperand<VTile> first_v;
@@ -262,7 +262,7 @@ struct Consumer {
         index(index),
         scores(p.call.problem),
         dropout(p.call.problem),
-        turn(turn_barrier(threadIdx.x / kWarpgroupThreads - 1)),
+        turn(threadIdx.x / kWarpgroupThreads),
         q(smem.q(index), 0),
         first_k(RowOperand<KTile>(smem.k(Ring()), 0).first.kept()),
         first_v(ColumnOperand<VTile>(smem.v(Ring()), 0).first.kept()),

@@ -42,7 +42,8 @@ struct Stage {
     return {wraps ? 0 : index + 1, parity ^ wraps};
   }
   DEVICE Stage previous() const {
-    if (kStages == 2) return {index ^ 1, parity ^ index ^ 1};
+    // Opaque: the compiler would toggle each address, which takes two instructions.
+    if (kStages == 2) return {opaque(index ^ 1), parity ^ index ^ 1};
     const bool wraps = index == 0;
     return {wraps ? kStages - 1 : index - 1, parity ^ wraps};
   }
