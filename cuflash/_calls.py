@@ -27,18 +27,21 @@ class Kind(NamedTuple):
 
 def forward(
     kind: Kind, function: str, arguments: Arguments, has_pullback: bool = False
-) -> Array | tuple[Array, Array]:
-    """Out, or (out, lse)."""
+) -> Array | tuple[Array, ...]:
+    """Out, or (out, lse), or (out, lse, stats)."""
     if not has_pullback:
         warn_of_lost_gradients(function, arguments, stacklevel=4)
     return_lse = check_flag(function, "return_lse", arguments["return_lse"])
+    return_stats = check_flag(function, "return_stats", arguments["return_stats"])
     with receive(function, ("q", "k", "v"), arguments) as call:
-        del call.arguments["return_lse"]
+        del call.arguments["return_lse"], call.arguments["return_stats"]
         problem = call.upload(kind.problem.create(function, call.device, **call.arguments))
         if has_pullback and problem.score_mod is not None:
             problem.score_mod.check_backward(Check(function, call.device))
-        out, lse = kind.backend(call.device).forward(problem)
+        out, lse, stats = kind.backend(call.device).forward(problem, wants_stats=return_stats)
         out = call.give(out) if problem.out is None else arguments["out"]
+        if return_stats:
+            return out, call.give(lse), call.give(stats)
         return (out, call.give(lse)) if return_lse else out
 
 
@@ -47,7 +50,7 @@ def backward(kind: Kind, function: str, arguments: Arguments) -> Gradients:
     # Who hands over q, k and v that require grad may use the gradients as values.
     incoming = {name: arguments[name] for name in ("dout", "dlse")}
     warn_of_lost_gradients(function, incoming, stacklevel=4)
-    own = {"dout", "out", "lse", "dlse", *BACKWARD_FLAGS} & arguments.keys()
+    own = {"dout", "out", "lse", "stats", "dlse", *BACKWARD_FLAGS} & arguments.keys()
     with receive(function, ("q", "k", "v", "dout", "out", "lse"), arguments) as call:
         results = {name: call.arguments.pop(name) for name in own}
         problem = call.upload(kind.problem.create(function, call.device, **call.arguments))
@@ -66,10 +69,11 @@ def vjp(
         for name in BACKWARD_FLAGS
         if name in options
     }
-    out, lse = forward(kind, function, {**options, "return_lse": True}, has_pullback=True)
+    wanted = {"return_lse": True, "return_stats": True}
+    out, lse, stats = forward(kind, function, {**options, **wanted}, has_pullback=True)
 
     def pullback(dout: Array, dlse: Array | None = None) -> Gradients:
-        results = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
+        results = {"dout": dout, "out": out, "lse": lse, "stats": stats, "dlse": dlse}
         arguments = {**options, **results, **flags}
         return backward(kind, f"{function}'s pullback", arguments)
 

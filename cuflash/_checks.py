@@ -248,7 +248,13 @@ class Check(NamedTuple):
             self.fail(TypeError, f"{name} is {array.dtype}; expected {dtype}")
 
     def results(
-        self, forward: Any, dout: Array, out: Array, lse: Array, dlse: Array | None
+        self,
+        forward: Any,
+        dout: Array,
+        out: Array,
+        lse: Array,
+        dlse: Array | None,
+        stats: Array | None,
     ) -> None:
         """What came out of a forward problem, dense or packed, and the gradient of it."""
         for name, array in (("dout", dout), ("out", out)):
@@ -260,6 +266,8 @@ class Check(NamedTuple):
         self.like("lse", lse, forward.lse_shape, forward.lse_dtype)
         if dlse is not None:
             self.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
+        if stats is not None:
+            self.like("stats", stats, (2, *forward.lse_shape), forward.lse_dtype)
 
     def out(
         self,

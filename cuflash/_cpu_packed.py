@@ -11,21 +11,21 @@ import numpy as np
 from cuflash._arrays import Scratch, empty_like
 from cuflash._cpu_backward import GradientSums, differentiate, differentiate_item
 from cuflash._packed import PackedGradientProblem, PackedProblem
-from cuflash._problem import Gradients, Problem
+from cuflash._problem import Gradients, Problem, Result
 from cuflash._short_sequences import Batch, by_token, divide
 from cuflash._threads import for_each
 from cuflash._work import Work
-from cuflash.cpu import attend, attend_to, tasks_of
+from cuflash.cpu import attend, attend_to, stats_of, tasks_of
 
 
-def forward(problem: PackedProblem) -> tuple[np.ndarray, np.ndarray]:
-    """Attention's (out, lse)."""
+def forward(problem: PackedProblem, wants_stats: bool = False) -> Result:
+    """Attention's out, lse and, if wanted, stats."""
     out = problem.out
     if out is None:
         out = empty_like(problem.q[None], problem.v.shape[2])[0]
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
     if not lse.size:
-        return out, lse
+        return Result(out, lse, stats_of(lse) if wants_stats else None)
     out[int(problem.cu_seqlens_q[-1]) :] = 0
     alone, batches = divide(problem)
     parts = []
@@ -39,7 +39,7 @@ def forward(problem: PackedProblem) -> tuple[np.ndarray, np.ndarray]:
             _attend_to_batch(problem, batch, out, lse)
 
     for_each(run, sorted(batches, key=lambda batch: -batch.scores))
-    return out, lse
+    return Result(out, lse, stats_of(lse) if wants_stats else None)
 
 
 def _attend_to_batch(

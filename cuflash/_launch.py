@@ -13,14 +13,16 @@ from cuflash import _classify, _params, _plan, _plan_sm90, _traits
 from cuflash._convert import as_contiguous
 from cuflash._gpu import Gpu, gpu
 from cuflash._packed_tiles import fill_rest, packing_tables
-from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
-from cuflash._term_gradients import RowStats, bias_gradient, sink_gradient
+from cuflash._params import RowDeltas, Workspace
+from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem, Result
+from cuflash._term_gradients import bias_gradient, sink_gradient
 
 _INT64, _FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 _DEVICE_DTYPES = {
     **dict.fromkeys(("q_lens", "kv_lens", "offset"), _INT64),
     **dict.fromkeys(("alibi_slopes", "sinks"), _FLOAT32),
 }
+_ROW_STATS = 3  # of backward.cuh
 Found = TypeVar("Found")
 _MAX_KEPT = 4096
 _forward_choices: dict[tuple, _Choice] = {}
@@ -29,24 +31,26 @@ _backward_choices: dict[tuple, tuple[_traits.Traits, _traits.BackwardPlan]] = {}
 _backward_launches: dict[tuple, tuple[_Launch, ...]] = {}
 
 
-def forward(problem: Problem, on: Gpu | None = None) -> tuple[Array, Array]:
-    """Out and lse of a checked problem; `on` defaults to the GPU that q is on."""
+def forward(problem: Problem, on: Gpu | None = None, wants_stats: bool = False) -> Result:
+    """Out, lse and, if wanted, stats of a problem; `on` defaults to the GPU that q is on."""
     on = on or gpu(problem.q.data.device_id)
     out = problem.out if problem.out is not None else on.empty(problem.out_shape, problem.dtype)
     lse = on.empty(problem.lse_shape, problem.lse_dtype)
+    stats = on.empty((2, *problem.lse_shape), problem.lse_dtype) if wants_stats else None
+    result = Result(out, lse, stats)
     if not lse.size:
-        return out, lse
+        return result
     if problem.reads_no_more:
-        _run(on, *_known_launch(problem, out, lse, on))
-        return out, lse
+        _run(on, *_known_launch(problem, result, on))
+        return result
 
     problem = _with_device_arrays(problem, on)
     choice = _forward_choice(problem, out, on.device)
     tables = _tables(problem, choice.traits, choice.plan.tiling, on, of_keys=False)
     if problem.packing is not None:
-        fill_rest(problem, out, lse, tables, on)
-    _run(on, *_forward_launch(problem, out, lse, choice, on, tables))
-    return out, lse
+        fill_rest(problem, result, tables, on)
+    _run(on, *_forward_launch(problem, result, choice, on, tables))
+    return result
 
 
 class _Launch(NamedTuple):
@@ -55,21 +59,20 @@ class _Launch(NamedTuple):
     params: bytes
 
 
-def _known_launch(problem: Problem, out: Array, lse: Array, on: Gpu) -> _Launch:
+def _known_launch(problem: Problem, result: Result, on: Gpu) -> _Launch:
     """Kept by all that it depends on: allocators give the same addresses again and again."""
 
     def find() -> _Launch:
-        choice = _forward_choice(problem, out, on.device)
-        return _forward_launch(problem, out, lse, choice, on)
+        choice = _forward_choice(problem, result.out, on.device)
+        return _forward_launch(problem, result, choice, on)
 
-    key = (on, *_params.places(problem, out, lse))
+    key = (on, *_params.places(problem, result))
     return _kept(_forward_launches, key, find, keeps=not on.is_captured)
 
 
 def _forward_launch(
     problem: Problem,
-    out: Array,
-    lse: Array,
+    result: Result,
     choice: _Choice,
     on: Gpu,
     tables: _params.Tables = _params.NO_TABLES,
@@ -77,12 +80,11 @@ def _forward_launch(
     plan, heads_per_section = choice.plan, choice.heads_per_section
     blocks = _query_tiles(problem, plan.tiling)
     if plan.backend == "sm80":
-        params = _params.pack_forward(problem, out, lse, heads_per_section, tables)
+        params = _params.pack_forward(problem, result, heads_per_section, tables)
         return _Launch(plan.kernel, blocks, params)
     params = _params.pack_forward_sm90(
         problem,
-        out,
-        lse,
+        result,
         heads_per_section * problem.group,
         choice.panels,
         plan.tiling.block_kv,
@@ -203,17 +205,18 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
     grads = tuple(allocate(x.shape, x.dtype) for x in (q, k, v))
     sinks_dtype = None if problem.sinks is None else problem.sinks.dtype
     problem = _with_device_arrays(problem, on)
-    gradient = _with_contiguous_stats(gradient, problem, on)
+    gradient = _with_contiguous_rows(gradient, problem, on)
 
     traits, plan = _backward_choice(gradient, grads, on.device)
     tables = _tables(problem, traits, plan.tiling, on, of_keys=True)
     query_tiles = _query_tiles(problem, plan.tiling)
     rows = query_tiles * plan.tiling.block_q
-    workspace = (
-        on.empty((rows,), np.float32),
-        on.empty((rows,), np.float32),
-        on.empty((rows * plan.head_dim,), np.float32),
-        on.empty((1 + query_tiles,), np.uint32),
+    workspace = Workspace(
+        row_stats=on.empty((_ROW_STATS * rows,), np.float32),
+        delta=on.empty((rows,), np.float32),
+        dq_acc=on.empty((rows * plan.head_dim,), np.float32),
+        turns=on.empty((1 + query_tiles,), np.uint32),
+        large=on.empty((query_tiles,), np.uint32),
     )
     if problem.reads_no_more:
         launches = _known_launches(gradient, grads, workspace, plan, on)
@@ -223,12 +226,12 @@ def backward(gradient: GradientProblem, on: Gpu | None = None) -> Gradients:
         _run(on, *launch)
     group = problem.group if plan.tiling.pack_group else 1
     heads = problem.heads_q // group * (problem.batch if problem.packing is None else 1)
-    stats = RowStats(*workspace[:2], rows // heads, plan.tiling.block_q, group)
+    deltas = RowDeltas(workspace.delta, rows // heads, plan.tiling.block_q, group)
     dbias = dsinks = None
     if gradient.bias_gradient:
-        dbias = bias_gradient(gradient, traits, stats, tables, on)
+        dbias = bias_gradient(gradient, traits, deltas, tables, on)
     if problem.sinks is not None:
-        dsinks = sink_gradient(problem, traits, stats, tables, sinks_dtype, on)
+        dsinks = sink_gradient(gradient, traits, deltas, tables, sinks_dtype, on)
     return Gradients(*grads, dbias, dsinks)
 
 
@@ -249,7 +252,7 @@ def _backward_choice(
 def _known_launches(
     gradient: GradientProblem,
     grads: tuple[Array, Array, Array],
-    workspace: tuple[Array, Array, Array, Array],
+    workspace: Workspace,
     plan: _traits.BackwardPlan,
     on: Gpu,
 ) -> tuple[_Launch, ...]:
@@ -265,7 +268,7 @@ def _known_launches(
 def _launches(
     gradient: GradientProblem,
     grads: tuple[Array, Array, Array],
-    workspace: tuple[Array, Array, Array, Array],
+    workspace: Workspace,
     plan: _traits.BackwardPlan,
     on: Gpu,
     tables: _params.Tables = _params.NO_TABLES,
@@ -335,8 +338,8 @@ def _with_device_arrays(problem: Problem, on: Gpu) -> Problem:
     return replace(problem, **changes) if changes else problem
 
 
-def _with_contiguous_stats(gradient: GradientProblem, problem: Problem, on: Gpu) -> GradientProblem:
-    """The kernels read lse and dlse as contiguous float32."""
-    dlse = None if gradient.dlse is None else as_contiguous(gradient.dlse, _FLOAT32, on)
-    lse = as_contiguous(gradient.lse, _FLOAT32, on)
-    return replace(gradient, forward=problem, lse=lse, dlse=dlse)
+def _with_contiguous_rows(gradient: GradientProblem, problem: Problem, on: Gpu) -> GradientProblem:
+    """The kernels read lse, dlse and stats as contiguous float32."""
+    arrays = {name: getattr(gradient, name) for name in ("lse", "dlse", "stats")}
+    found = {n: as_contiguous(x, _FLOAT32, on) for n, x in arrays.items() if x is not None}
+    return replace(gradient, forward=problem, **found)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from cuflash import _launch
 from cuflash._gpu import Gpu
 from cuflash._packed import PackedGradientProblem, PackedProblem
-from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem
+from cuflash._problem import GradientProblem, Gradients, Packing, Problem, Result
 from cuflash._traits import ForwardPlan
 
 
-def forward(problem: PackedProblem, on: Gpu | None = None) -> tuple[Array, Array]:
-    """Out (Tq, Hq, Dv) and lse (Hq, Tq); `on` defaults to the GPU that q is on."""
-    out, lse = _launch.forward(_as_batch(problem), on)
-    return out[0], lse[0]
+def forward(problem: PackedProblem, on: Gpu | None = None, wants_stats: bool = False) -> Result:
+    """Out (Tq, Hq, Dv), lse (Hq, Tq), stats (2, Hq, Tq); `on` defaults to the GPU that q is on."""
+    out, lse, stats = _launch.forward(_as_batch(problem), on, wants_stats)
+    return Result(out[0], lse[0], None if stats is None else stats[:, 0])
 
 
 def backward(gradient: PackedGradientProblem, on: Gpu | None = None) -> Gradients:
     """The gradients of q, k, v and the sinks."""
-    dlse = gradient.dlse
+    dlse, stats = gradient.dlse, gradient.stats
     grads = _launch.backward(
         GradientProblem(
             forward=_as_batch(gradient.forward),
@@ -26,6 +26,7 @@ def backward(gradient: PackedGradientProblem, on: Gpu | None = None) -> Gradient
             lse=gradient.lse[None],
             dlse=None if dlse is None else dlse[None],
             deterministic=gradient.deterministic,
+            stats=None if stats is None else stats[:, None],
         ),
         on,
     )

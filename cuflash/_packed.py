@@ -201,6 +201,7 @@ class PackedGradientProblem:
     lse: Array  # (Hq, Tq)
     dlse: Array | None  # (Hq, Tq)
     deterministic: bool
+    stats: Array | None = None  # (2, Hq, Tq); None: lse is all that is known of the rows
 
     @classmethod
     def create(
@@ -212,13 +213,15 @@ class PackedGradientProblem:
         lse: Array,
         dlse: Array | None = None,
         deterministic: bool = True,
+        stats: Array | None = None,
     ) -> PackedGradientProblem:
-        """Check that dout, out, lse and dlse belong to `forward`."""
+        """Check that dout, out, lse, dlse and stats belong to `forward`."""
         check = Check(function, forward.device)
-        check.results(forward, dout, out, lse, dlse)
+        check.results(forward, dout, out, lse, dlse, stats)
         if forward.score_mod is not None:
             forward.score_mod.check_backward(check)
-        return cls(forward, dout, out, lse, dlse, check.flag("deterministic", deterministic))
+        deterministic = check.flag("deterministic", deterministic)
+        return cls(forward, dout, out, lse, dlse, deterministic, stats)
 
     def sequence(self, sequence: int) -> GradientProblem:
         """One sequence as a batch of one; its arrays are views."""
@@ -230,4 +233,5 @@ class PackedGradientProblem:
             lse=self.lse[None, :, rows],
             dlse=None if self.dlse is None else self.dlse[None, :, rows],
             deterministic=self.deterministic,
+            stats=None if self.stats is None else self.stats[:, None, :, rows],
         )

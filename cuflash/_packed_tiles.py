@@ -7,7 +7,7 @@ import numpy as np
 from cuflash import _params, _plan_small, _traits
 from cuflash._gpu import Gpu
 from cuflash._params import PackingTables, Tables
-from cuflash._problem import Array, Problem
+from cuflash._problem import Array, Problem, Result
 
 
 def packing_tables(
@@ -30,10 +30,10 @@ def packing_tables(
     return fields, (*queries, *keys)
 
 
-def fill_rest(problem: Problem, out: Array, lse: Array, tables: Tables, on: Gpu) -> None:
-    """0 and -inf to the tokens of no sequence, which the main kernel passes over."""
+def fill_rest(problem: Problem, result: Result, tables: Tables, on: Gpu) -> None:
+    """What a query without keys gets, for tokens of no sequence: the main kernel passes over."""
     kernel = _plan_small.packed_rest_kernel(on.device.capability)
-    on.run(kernel, on.device.sms, _params.pack_packed_rest(problem, out, lse, tables))
+    on.run(kernel, on.device.sms, _params.pack_packed_rest(problem, result, tables))
 
 
 def _tables(

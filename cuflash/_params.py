@@ -9,19 +9,19 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from cuflash._overlap import address
-from cuflash._problem import Array, GradientProblem, Problem
+from cuflash._problem import Array, GradientProblem, Problem, Result
 
 _TENSOR = "Q3q"
 _PROBLEM = Struct("3Q3q6iIi2i4f" + "QqQ" + "Q4q" + "QIf" + "Q3q" + "5Q2i")  # and the attachments
-_FORWARD = Struct(4 * _TENSOR + "Q2i")
-_BACKWARD = Struct(8 * _TENSOR + "6Q")
+_FORWARD = Struct(4 * _TENSOR + "3Q2i")
+_BACKWARD = Struct(8 * _TENSOR + "8Q")
 _MASK_TILES = Struct("Q4i")
 _MASK_LISTS = Struct("3Q3q4i")
 _MASK_BITS = Struct("Q4qQ4i")
 _PACKED_TILES = Struct("4Q6i")
-_PACKED_REST = Struct("Q" + _TENSOR + "Q4i")
+_PACKED_REST = Struct("Q" + _TENSOR + "3Q4i")
 _CONVERT = Struct("Q4qQ4q")
-_ROW_STATS = "2Qq2i"
+_ROW_STATS = "3Qq2i"
 _BIAS_GRADIENT = Struct(4 * _TENSOR + _ROW_STATS + "Q2qQ" + "6i")
 _BIAS_SUM = Struct("2Q2q")
 _SINK_GRADIENT = Struct(_ROW_STATS + "Q")
@@ -100,10 +100,28 @@ class Tables(NamedTuple):
 NO_TABLES = Tables()
 
 
+class Workspace(NamedTuple):
+    """What the kernels of a backward pass hand to each other, by query tiles."""
+
+    row_stats: Array
+    delta: Array
+    dq_acc: Array
+    turns: Array
+    large: Array
+
+
+class RowDeltas(NamedTuple):
+    """A workspace's delta, and how the main kernel counts its rows."""
+
+    delta: Array
+    rows_per_head: int
+    block_q: int
+    group: int
+
+
 def pack_forward(
     problem: Problem,
-    out: Array,
-    lse: Array,
+    result: Result,
     heads_per_section: int,
     tables: Tables = NO_TABLES,
 ) -> bytes:
@@ -112,8 +130,9 @@ def pack_forward(
         *_tensor(problem.q),
         *_tensor(problem.k),
         *_tensor(problem.v),
-        *_tensor(out),
-        address(lse),
+        *_tensor(result.out),
+        address(result.lse),
+        *_stats_addresses(result.stats),
         heads_per_section,
         0,
     )
@@ -121,8 +140,7 @@ def pack_forward(
 
 def pack_forward_sm90(
     problem: Problem,
-    out: Array,
-    lse: Array,
+    result: Result,
     heads_per_section: int,
     panels: tuple[int, int],
     block_kv: int,
@@ -134,24 +152,24 @@ def pack_forward_sm90(
         load_map(problem, problem.q, _WARPGROUP_ROWS, panels[0]),
         load_map(problem, problem.k, block_kv, panels[0]),
         load_map(problem, problem.v, block_kv, panels[1]),
-        _output_map(problem, out, panels[1]),
+        _output_map(problem, result.out, panels[1]),
     )
-    call = pack_forward(problem, out, lse, heads_per_section, tables)
+    call = pack_forward(problem, result, heads_per_section, tables)
     return _with_maps(maps, call, encode)
 
 
 def pack_backward(
     gradient: GradientProblem,
     grads: tuple[Array, Array, Array],
-    workspace: tuple[Array, Array, Array, Array],
+    workspace: Workspace,
     tables: Tables = NO_TABLES,
 ) -> bytes:
-    """BackwardParams; `workspace` is lse_log2, delta, dq_acc and turns."""
+    """BackwardParams."""
     problem = gradient.forward
     tensors = (problem.q, problem.k, problem.v, gradient.out, gradient.dout, *grads)
     return _problem(problem, tables) + _BACKWARD.pack(
         *(field for tensor in tensors for field in _tensor(tensor)),
-        address(gradient.lse),
+        *_known_of_rows(gradient),
         0 if gradient.dlse is None else address(gradient.dlse),
         *(address(array) for array in workspace),
     )
@@ -195,10 +213,11 @@ def pack_packed_tiles(
     return _PACKED_TILES.pack(*arrays, sequences, tokens, group, block, count, 0)
 
 
-def pack_packed_rest(problem: Problem, out: Array, lse: Array, tables: Tables) -> bytes:
+def pack_packed_rest(problem: Problem, result: Result, tables: Tables) -> bytes:
     """PackedRestParams of packed_rest.cu."""
     sizes = (problem.sequences, problem.seqlen_q, problem.heads_q, problem.head_dim_v)
-    return _PACKED_REST.pack(tables.packing.query_edges, *_tensor(out), address(lse), *sizes)
+    arrays = (*_tensor(result.out), address(result.lse), *_stats_addresses(result.stats))
+    return _PACKED_REST.pack(tables.packing.query_edges, *arrays, *sizes)
 
 
 def pack_convert(array: Array, copy: Array) -> bytes:
@@ -211,7 +230,7 @@ def pack_convert(array: Array, copy: Array) -> bytes:
 def pack_bias_gradient(
     gradient: GradientProblem,
     tables: Tables,
-    stats: tuple[Array, Array, int, int, int],
+    deltas: RowDeltas,
     sights: Array | None,
     sums: Array,
     extent: tuple[int, ...],
@@ -231,7 +250,7 @@ def pack_bias_gradient(
         )
     return _problem(problem, tables) + _BIAS_GRADIENT.pack(
         *(field for tensor in tensors for field in _tensor(tensor)),
-        *_row_stats(stats),
+        *_row_stats(gradient, deltas),
         *sights_fields,
         address(sums),
         *extent,
@@ -246,24 +265,39 @@ def pack_bias_sum(sums: Array, dbias: Array, splits: int) -> bytes:
 
 
 def pack_sink_gradient(
-    problem: Problem, tables: Tables, stats: tuple[Array, Array, int, int, int], dsinks: Array
+    gradient: GradientProblem, tables: Tables, deltas: RowDeltas, dsinks: Array
 ) -> bytes:
     """SinkGradientParams of flash_bwd_sinks.cu."""
-    fields = (*_row_stats(stats), address(dsinks))
-    return _problem(problem, tables) + _SINK_GRADIENT.pack(*fields)
+    fields = (*_row_stats(gradient, deltas), address(dsinks))
+    return _problem(gradient.forward, tables) + _SINK_GRADIENT.pack(*fields)
 
 
-def _row_stats(stats: tuple[Array, Array, int, int, int]) -> tuple[int, int, int, int, int]:
-    """RowStats of backward.cuh."""
-    lse_log2, delta, *counts = stats
-    return (address(lse_log2), address(delta), *counts)
+def _row_stats(gradient: GradientProblem, deltas: RowDeltas) -> tuple[int, ...]:
+    """row_max, row_sum and RowDeltas of backward.cuh."""
+    delta, *counts = deltas
+    return (*_known_of_rows(gradient), address(delta), *counts)
 
 
-def places(problem: Problem, out: Array, lse: Array) -> tuple[Any, ...]:
+def _known_of_rows(gradient: GradientProblem) -> tuple[int, int]:
+    """row_max and row_sum: lse and nothing where there are no stats."""
+    if gradient.stats is None:
+        return address(gradient.lse), 0
+    return _stats_addresses(gradient.stats)
+
+
+def _stats_addresses(stats: Array | None) -> tuple[int, int]:
+    """Of the largest scores and of the sums, or two zeros."""
+    if stats is None:
+        return 0, 0
+    return address(stats), address(stats) + stats.nbytes // 2
+
+
+def places(problem: Problem, result: Result) -> tuple[Any, ...]:
     """All that a forward launch depends on where it reads nothing but q, k and v."""
-    arrays = (problem.q, problem.k, problem.v, out, lse)
+    arrays = (problem.q, problem.k, problem.v, result.out, result.lse)
     options = (problem.scale, problem.softcap, problem.window, problem.offset)
-    return (problem.sizes, *map(address, arrays), out.strides, *options)
+    stats = _stats_addresses(result.stats)
+    return (problem.sizes, *map(address, arrays), result.out.strides, *stats, *options)
 
 
 def layout(problem: Problem, out: Array, extras: Any) -> tuple[Any, ...]:
@@ -277,13 +311,14 @@ def layout(problem: Problem, out: Array, extras: Any) -> tuple[Any, ...]:
 def gradient_places(
     gradient: GradientProblem,
     grads: tuple[Array, Array, Array],
-    workspace: tuple[Array, Array, Array, Array],
+    workspace: Workspace,
 ) -> tuple[Any, ...]:
     """All that a backward pass's launches depend on, likewise; grads have their inputs' shapes."""
     dlse = None if gradient.dlse is None else address(gradient.dlse)
     rest = map(address, (gradient.dout, *grads, *workspace))
     own = (dlse, gradient.dout.strides, *(x.strides for x in grads), gradient.deterministic)
-    return (*places(gradient.forward, gradient.out, gradient.lse), *rest, *own)
+    result = Result(gradient.out, gradient.lse, gradient.stats)
+    return (*places(gradient.forward, result), *rest, *own)
 
 
 def gradient_layout(
@@ -484,7 +519,7 @@ def _problem(problem: Problem, tables: Tables) -> bytes:
         scale,
         scale_log2,
         scale / softcap if softcap else 0.0,
-        softcap * _LOG2_E,
+        softcap,
         0 if slopes is None else address(slopes),
         0 if slopes is None or slopes.ndim == 1 else slopes.shape[1],
         0 if problem.sinks is None else address(problem.sinks),

@@ -222,9 +222,9 @@ class BackwardTiles:
     def smem_bytes(self, traits: Traits) -> int:
         """As backward_sm90.cuh lays it out."""
         both = _padded_to_64(traits.head_dim) + _padded_to_64(traits.head_dim_v)
-        # Two buffers of ds, and of p if wide.
+        # Two buffers of ds, and of p if wide; four floats of each query row.
         scores = (4 if self.wide else 2) * self.block_kv * self.block_q
-        elements = self.block_kv * both + _STAGES * self.block_q * (both + 4) + scores
+        elements = self.block_kv * both + _STAGES * self.block_q * (both + 8) + scores
         return 2 * elements + 8 * (2 + 4 * _STAGES) + 8  # mbarriers, the ticket
 
 

@@ -207,6 +207,14 @@ class Problem:
         return self.sizes.lse_shape
 
 
+class Result(NamedTuple):
+    """What a forward returns."""
+
+    out: Array  # (B, Sq, Hq, Dv)
+    lse: Array  # (B, Hq, Sq)
+    stats: Array | None = None  # (2, B, Hq, Sq), where it is wanted: as `attention` describes it
+
+
 class Gradients(NamedTuple):
     """What a backward returns: each gradient has its input's shape and dtype."""
 
@@ -228,6 +236,7 @@ class GradientProblem:
     dlse: Array | None  # (B, Hq, Sq)
     deterministic: bool
     bias_gradient: bool = False  # whether there is to be one
+    stats: Array | None = None  # (2, B, Hq, Sq); None: lse is all that is known of the rows
 
     @classmethod
     def create(
@@ -240,15 +249,16 @@ class GradientProblem:
         dlse: Array | None = None,
         deterministic: bool = True,
         bias_gradient: bool = True,
+        stats: Array | None = None,
     ) -> GradientProblem:
-        """Check that dout, out, lse and dlse belong to `forward`."""
+        """Check that dout, out, lse, dlse and stats belong to `forward`."""
         check = Check(function, forward.device)
-        check.results(forward, dout, out, lse, dlse)
+        check.results(forward, dout, out, lse, dlse, stats)
         if forward.score_mod is not None:
             forward.score_mod.check_backward(check)
         deterministic = check.flag("deterministic", deterministic)
         wanted = check.flag("bias_gradient", bias_gradient) and forward.bias is not None
-        return cls(forward, dout, out, lse, dlse, deterministic, wanted)
+        return cls(forward, dout, out, lse, dlse, deterministic, wanted, stats)
 
     def zeros(self, zeros: Callable[[tuple[int, ...], np.dtype], Array]) -> Gradients:
         """Where nothing depends on the inputs; `zeros` makes an array."""

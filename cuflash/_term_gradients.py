@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
 from cuflash import _classify, _params, _plan_small, _traits
 from cuflash._convert import as_contiguous
 from cuflash._gpu import Gpu
-from cuflash._problem import Array, GradientProblem, Problem
+from cuflash._problem import Array, GradientProblem
 
 # Blocks that keep every SM busy, and parts that their sum is worth reading.
 _BLOCKS_PER_SM = 4
 _MAX_SPLITS = 64
 
 
-class RowStats(NamedTuple):
-    """The workspace's statistics of rows, and how the main kernel counts these."""
-
-    lse_log2: Array
-    delta: Array
-    rows_per_head: int
-    block_q: int
-    group: int
-
-
 def bias_gradient(
     gradient: GradientProblem,
     traits: _traits.Traits,
-    stats: RowStats,
+    deltas: _params.RowDeltas,
     tables: _params.Tables,
     on: Gpu,
 ) -> Array:
@@ -56,7 +45,7 @@ def bias_gradient(
     wanted = _BLOCKS_PER_SM * on.device.sms // tiles
     splits = max(1, min(wanted, steps, _MAX_SPLITS))
     sums = on.empty((splits, *bias.shape), np.float32)
-    params = _params.pack_bias_gradient(gradient, tables, stats, sights, sums, extent, splits)
+    params = _params.pack_bias_gradient(gradient, tables, deltas, sights, sums, extent, splits)
     on.run(plan.kernel, tiles * splits, params)
     dbias = on.empty(bias.shape, bias.dtype)
     on.run(plan.sum, -(-bias.size // plan.sum.threads), _params.pack_bias_sum(sums, dbias, splits))
@@ -64,15 +53,16 @@ def bias_gradient(
 
 
 def sink_gradient(
-    problem: Problem,
+    gradient: GradientProblem,
     traits: _traits.Traits,
-    stats: RowStats,
+    deltas: _params.RowDeltas,
     tables: _params.Tables,
     dtype: np.dtype,
     on: Gpu,
 ) -> Array:
     """Of the sinks' shape, in this dtype."""
+    problem = gradient.forward
     dsinks = on.empty((problem.heads_q,), np.float32)
     kernel = _plan_small.sink_gradient_kernel(traits, on.device.capability)
-    on.run(kernel, problem.heads_q, _params.pack_sink_gradient(problem, tables, stats, dsinks))
+    on.run(kernel, problem.heads_q, _params.pack_sink_gradient(gradient, tables, deltas, dsinks))
     return as_contiguous(dsinks, dtype, on)

@@ -53,8 +53,9 @@ def attention(
     seed: int | None = None,
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
+    return_stats: bool = False,
     out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """Attend: each query takes the mean of the values, weighted by the softmax of its scores.
 
     All arrays are of one kind (NumPy, CuPy, torch, JAX, or anything with ``__dlpack__``) and on one
@@ -107,6 +108,8 @@ def attention(
         Replaces the scaled and capped scores by a function of them.
     return_lse : bool
         Also return lse.
+    return_stats : bool
+        Also return lse and stats.
     out : array (B, Sq, Hq, Dv)
         Write the result here. Of q's dtype, and overlaps no input.
 
@@ -116,9 +119,13 @@ def attention(
         Accumulated in float32 (float64 for float64). A query that sees no key gets 0. In memory
         without gaps: in the order (B, Hq, Sq, Dv) on the CPU if q's heads lie further apart than
         its queries, as in a ``x.swapaxes(1, 2)``, else and on a GPU in the order (B, Sq, Hq, Dv).
-    lse : array (B, Hq, Sq), float32 (float64 for float64), if `return_lse`
+    lse : array (B, Hq, Sq), float32 (float64 for float64), if `return_lse` or `return_stats`
         Natural logarithm of the sum of the exponentials of the row's scores, -inf for a query that
         sees no key: what `attention_backward` and `merge` need.
+    stats : array (2, B, Hq, Sq), of lse's dtype, if `return_stats`
+        The row's largest score, and the sum of the exponentials of its scores less that one; -inf
+        and 0 for a query that sees no key. They keep apart what lse = largest + log(sum) rounds
+        together, and make `attention_backward` exact for scores of any size.
 
     Raises
     ------
@@ -164,6 +171,7 @@ def attention_backward(
     out: Array,
     lse: Array,
     *,
+    stats: Array | None = None,
     dlse: Array | None = None,
     causal: bool = False,
     offset: int | Integers | None = None,
@@ -192,6 +200,11 @@ def attention_backward(
         What `attention` was given, and so for the options that both have.
     out, lse : arrays (B, Sq, Hq, Dv) and (B, Hq, Sq)
         What ``attention(..., return_lse=True)`` returned.
+    stats : array (2, B, Hq, Sq), of lse's dtype
+        What ``attention(..., return_stats=True)`` returned. Without it the probabilities come from
+        lse alone, whose rounding changes them by a factor of up to exp(2^-24 lse): in float32 by
+        6e-5 at 1000, by 6 % at 1e6, and beyond recognition from 1e7 on, where a row's scores share
+        one large number, as under a bias of -1e9. In float64 that is 2^-53, so 1e-6 at 1e10.
     dlse : array (B, Hq, Sq), of lse's dtype
         Gradient of the loss with respect to lse; by default none.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias
@@ -258,8 +271,8 @@ def attention_vjp(
     Parameters
     ----------
     q, k, v : arrays
-        As in `attention`. They, out and lse are kept until the pullback is let go, uncopied: leave
-        their contents alone until then. No scores are kept.
+        As in `attention`. They, out, lse and stats are kept until the pullback is let go,
+        uncopied: leave their contents alone until then. No scores are kept.
     causal, offset, window, scale, softcap, q_lens, kv_lens, mask, bias, return_lse
         As in `attention`.
     alibi_slopes, sinks, dropout, seed, score_mod

@@ -18,7 +18,7 @@ from cuflash import _terms
 from cuflash._arrays import LN_2, Hidden, drop, empty_like, exp2, hide, hide_exponentials, product
 from cuflash._cpu_backward import GradientSums, differentiate
 from cuflash._mask_blocks import BlockMask, TileCounts
-from cuflash._problem import GradientProblem, Gradients, Problem
+from cuflash._problem import GradientProblem, Gradients, Problem, Result
 from cuflash._threads import for_each
 from cuflash._tiles import Band, blocks
 from cuflash._work import MASK_BLOCK, Item, Tile, Work
@@ -27,14 +27,19 @@ from cuflash._work import MASK_BLOCK, Item, Tile, Work
 LARGEST_SUM = 2.0**24
 
 
-def forward(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """Attention's (out, lse)."""
+def forward(problem: Problem, wants_stats: bool = False) -> Result:
+    """Attention's out, lse and, if wanted, stats."""
     out = problem.out
     out = empty_like(problem.q, problem.head_dim_v) if out is None else out
     lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
     if lse.size:
         attend([(Work(problem, splits_rows=True), out, lse)])
-    return out, lse
+    return Result(out, lse, stats_of(lse) if wants_stats else None)
+
+
+def stats_of(lse: np.ndarray) -> np.ndarray:
+    """Stats of which the largest score is lse, so that the sum is 1."""
+    return np.stack([lse, (lse != -np.inf).astype(lse.dtype)])
 
 
 def attend(parts: list[tuple[Work, np.ndarray, np.ndarray]]) -> None:

@@ -24,7 +24,7 @@ from cuflash._torch_faults import fault_of, hides_something
 Foreign = Any  # an array of the caller's kind
 Checked = TypeVar("Checked")  # a problem: a dataclass that holds arrays by their arguments' names
 
-OPTIONAL_ARRAYS = frozenset({"mask", "bias", "alibi_slopes", "sinks", "out", "dlse"})
+OPTIONAL_ARRAYS = frozenset({"mask", "bias", "alibi_slopes", "sinks", "out", "dlse", "stats"})
 # These may be on the host where q is on a GPU.
 LENGTHS = frozenset({"offset", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_k"})
 STRUCTURES = frozenset({"mask", "score_mod"})  # whose arrays may be on the host likewise

@@ -35,8 +35,9 @@ def attention_varlen(
     seed: int | None = None,
     score_mod: ScoreMod | None = None,
     return_lse: bool = False,
+    return_stats: bool = False,
     out: Array | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """`attention` within each sequence of a packed batch: no padding, and no work for any.
 
     Sequence b has the queries from ``cu_seqlens_q[b]`` up to ``cu_seqlens_q[b + 1]`` and the keys
@@ -64,6 +65,8 @@ def attention_varlen(
         As in `attention`.
     return_lse : bool
         Also return lse.
+    return_stats : bool
+        Also return lse and stats.
     out : array (T, Hq, Dv)
         Write the result here. Of q's dtype, and overlaps no input.
 
@@ -71,8 +74,10 @@ def attention_varlen(
     -------
     out : array (T, Hq, Dv), of q's dtype
         As from `attention`, for the queries' T.
-    lse : array (Hq, T), float32 (float64 for float64), if `return_lse`
+    lse : array (Hq, T), float32 (float64 for float64), if `return_lse` or `return_stats`
         Natural logarithm of the sum of the exponentials of the row's scores.
+    stats : array (2, Hq, T), of lse's dtype, if `return_stats`
+        The row's largest score and the sum of its exponentials, as from `attention`.
 
     Raises
     ------
@@ -104,6 +109,7 @@ def attention_varlen_backward(
     out: Array,
     lse: Array,
     *,
+    stats: Array | None = None,
     dlse: Array | None = None,
     causal: bool = False,
     offset: int | Integers | None = None,
@@ -127,6 +133,8 @@ def attention_varlen_backward(
         What `attention_varlen` was given, and so for the options that both have.
     out, lse : arrays (T, Hq, Dv) and (Hq, T)
         What ``attention_varlen(..., return_lse=True)`` returned.
+    stats : array (2, Hq, T), of lse's dtype
+        What ``attention_varlen(..., return_stats=True)`` returned: as in `attention_backward`.
     dlse : array (Hq, T), of lse's dtype
         Gradient of the loss with respect to lse; by default none.
     causal, offset, window, scale, softcap, alibi_slopes, sinks, dropout, seed, score_mod
@@ -185,8 +193,8 @@ def attention_varlen_vjp(
     Parameters
     ----------
     q, k, v, cu_seqlens_q, cu_seqlens_k : arrays
-        As in `attention_varlen`. They, out and lse are kept until the pullback is let go, uncopied:
-        leave their contents alone until then.
+        As in `attention_varlen`. They, out, lse and stats are kept until the pullback is let go,
+        uncopied: leave their contents alone until then.
     causal, offset, window, scale, softcap, alibi_slopes, sinks, dropout, seed, score_mod
         As in `attention_varlen`.
     return_lse : bool

@@ -6,7 +6,7 @@
 //   post   dq = scale dq_acc in 16 bits
 #pragma once
 #include "gemm.cuh"
-#include "rows.cuh"
+#include "scores.cuh"
 
 #ifndef HEAD_DIM
 #define HEAD_DIM 128
@@ -53,7 +53,10 @@ struct WarpGrid {
 
 typedef WarpGrid<kBlockQ, kHeadDim, QUERY_WARPS> QueryGrid;  // dq
 
-// Where a query tile stands in the workspace: lse_log2, delta, dq_acc and turns count tiles alike.
+constexpr int kRowStats =
+    3;  // that prep leaves of a row: lse in base 2, row_max and log2 of row_sum
+
+// Where a query tile stands in the workspace: row_stats, delta, dq_acc and turns count tiles alike.
 // `head` is one of Rows.
 DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
   const Rows rows(p);
@@ -62,9 +65,34 @@ DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
   return ((i64)batch * rows.heads + head) * rows.tiles(kBlockQ) + tile;
 }
 
-// lse_log2 and delta, for kernels whose rows are not those of the main kernel.
+// score - largest: no score is above the largest, but products summed in another order may come out
+// so.
+DEVICE float below_largest(float score, float largest) { return min_or_nan(score - largest, 0.f); }
+
+// What a forward has left of one row: p = exp(score - largest) / sum.
 struct RowStats {
-  const float* lse_log2;
+  float largest;   // +inf for a row that sees no key, so that its probabilities are 0
+  float sum_log2;  // of the sum
+
+  DEVICE RowStats(float largest, float sum_log2) : largest(largest), sum_log2(sum_log2) {}
+  // `index`: in the (B, Hq, Sq) arrays; row_sum null: 1.
+  DEVICE RowStats(const float* row_max, const float* row_sum, i64 index) {
+    const float top = row_max[index], sum = (row_sum ? row_sum : row_max)[index];
+    largest = top == -infinity() ? infinity() : top;
+    sum_log2 = top == -infinity() || !row_sum ? 0.f : log2_approx(sum);
+  }
+
+  DEVICE bool sees_keys() const { return largest != infinity(); }
+  DEVICE float lse_log2() const { return largest * kLog2e + sum_log2; }
+  // Whether lse_log2 is too coarse for this row's probabilities.
+  DEVICE bool large() const { return sees_keys() && fabsf(largest * kLog2e) > kLargestPlainScore; }
+  DEVICE float probability(float score) const {
+    return exp2_approx(below_largest(score, largest) * kLog2e - sum_log2);
+  }
+};
+
+// delta, for kernels whose rows are not those of the main kernel.
+struct RowDeltas {
   const float* delta;
   i64 rows_per_head;  // of the main kernel's Rows, in whole tiles
   int block_q;        // the main kernel's
@@ -78,6 +106,17 @@ struct RowStats {
     return (batch * heads + head / group) * rows_per_head + row;
   }
 };
+
+// Whether a row of the query tiles of some heads of Rows, the first of which is `head`, is large.
+// By whole warps.
+DEVICE bool any_large(const BackwardParams& p, const Mask& mask, int head, int heads) {
+  const int tiles = mask.rows.tiles(kBlockQ);
+  bool found = false;
+#pragma unroll 1
+  for (int i = lane_id(); i < heads * tiles; i += kWarpSize)
+    found |= p.large[workspace_tile(p.problem, mask.batch, head + i / tiles, i % tiles)] != 0;
+  return __any_sync(0xffffffff, found);
+}
 
 // dq_acc keeps each thread's accumulators a block's width apart, in pieces of kSumFloats, so that a
 // warp's accesses are contiguous. f(accumulator, its address).

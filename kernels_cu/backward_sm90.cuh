@@ -3,6 +3,9 @@
 //
 //   s = scale q kᵀ    p = exp2(s - lse)    dp = dout vᵀ    ds = p (dp - delta)
 //
+// In partly visible tiles p = exp(s - max) / sum, by two statistics of a row. A block for one of
+// whose rows lse is too coarse (prep looks for such scores) takes every tile for partly visible.
+//
 // One block per (key tile, key head, batch entry). It walks over the query heads of the group and,
 // in each, over the query tiles that see its keys: dk and dv of the group are summed in registers,
 // dq tiles are added to dq_acc, float32, in global memory.
@@ -10,9 +13,9 @@
 // Warpgroup 0: warp 0 loads, warp 1 keeps the turns, both with one lane, the others have nothing to
 // do. Warpgroups 1 and 2 compute: the kernel's Consumer, step() for each tile, then finish().
 //
-// mbarriers: q (with lse) and dout (with delta) each have a ring of kStages, full by the bytes of
-// TMA, empty by one arrival of each computing warp; k and v are loaded once. Named barriers: p or
-// ds is written, this tile's turn has come, its sums are added.
+// mbarriers: q (with its rows' statistics) and dout (with delta) each have a ring of kStages, full
+// by the bytes of TMA, empty by one arrival of each computing warp; k and v are loaded once. Named
+// barriers: p or ds is written, this tile's turn has come, its sums are added.
 //
 // Deterministic: blocks take their work from a counter and add to a query tile in the order of
 // their key tiles, each waiting for its turn. A block only waits for blocks that took their work
@@ -76,7 +79,7 @@ struct BackwardStorage {
   static constexpr int kProbs = kDout + kStages * DoutTile::kBytes;
   static constexpr int kDs = kProbs + (kStoresProbs ? 2 * ScoreTile::kBytes : 0);
   static constexpr int kLse = kDs + 2 * ScoreTile::kBytes;
-  static constexpr int kDelta = kLse + kStages * kStatBytes;
+  static constexpr int kDelta = kLse + kStages * kRowStats * kStatBytes;
   static constexpr int kMbarriers = kDelta + kStages * kStatBytes;
   static constexpr int kTicket = kMbarriers + (2 + 4 * kStages) * kMbarrierBytes;
   static constexpr int kBytes = kTicket + 8;
@@ -93,7 +96,8 @@ struct BackwardStorage {
     return {base + kProbs + buffer * ScoreTile::kBytes};
   }
   DEVICE ScoreTile ds(int buffer) const { return {base + kDs + buffer * ScoreTile::kBytes}; }
-  DEVICE u32 lse(int stage) const { return base + kLse + stage * kStatBytes; }
+  // Then the largest scores and the sums.
+  DEVICE u32 lse(int stage) const { return base + kLse + stage * kRowStats * kStatBytes; }
   DEVICE u32 delta(int stage) const { return base + kDelta + stage * kStatBytes; }
   DEVICE u32 k_full() const { return mbarrier(0); }
   DEVICE u32 v_full() const { return mbarrier(1); }
@@ -139,10 +143,12 @@ DEVICE void load(const BackwardParamsSm90& p, const Work& work, const Mask& mask
                   mask.k_end(), work.head, mask.array_batch());
     }
     mbarrier_wait(smem.q_empty(stage.index), stage.parity ^ 1);
-    mbarrier_arrive_expect(smem.q_full(stage.index), Storage::QTile::kBytes + kStatBytes);
+    mbarrier_arrive_expect(smem.q_full(stage.index),
+                           Storage::QTile::kBytes + kRowStats * kStatBytes);
     load_panels(smem.q(stage.index), &p.q, smem.q_full(stage.index), p.call.problem, p.call.q,
                 mask.q_start + first_row, mask.q_end(), walk.head, mask.array_batch());
-    bulk_load(smem.lse(stage.index), p.call.lse_log2 + stats, kStatBytes, smem.q_full(stage.index));
+    bulk_load(smem.lse(stage.index), p.call.row_stats + kRowStats * stats, kRowStats * kStatBytes,
+              smem.q_full(stage.index));
     if (first) {
       mbarrier_arrive_expect(smem.v_full(), Storage::VTile::kBytes);
       load_panels(smem.v(), &p.v, smem.v_full(), p.call.problem, p.call.v, mask.k_start + first_key,
@@ -325,10 +331,10 @@ struct BackwardConsumer {
     // A softcap's and the terms' derivatives need s and dp at once.
     constexpr bool kAtOnce = kSoftcap || kHasTerms;
     if constexpr (!kHasTerms) scores.transform(s, places(walk));  // while dpᵀ is on its way
-    if constexpr (!kAtOnce) differentiate<true, false>(s, dp, walk, kept);
+    if constexpr (!kAtOnce) differentiate<kPartly, true, false>(s, dp, walk, kept);
     wgmma_wait<kLater>(dp, s);
     if constexpr (kPartly) non_finite |= any_non_finite(dp);
-    differentiate<kAtOnce, true>(s, dp, walk, kept);
+    differentiate<kPartly, kAtOnce, true>(s, dp, walk, kept);
     if constexpr (kPartly) {
       hide(s, visible);
       hide(dp, visible);
@@ -337,7 +343,8 @@ struct BackwardConsumer {
   }
 
   // kProbs: s, transformed unless it has terms, becomes p. kGradients: dp becomes ds.
-  template <bool kProbs, bool kGradients>
+  // kByTwo: by the two statistics of the rows, else by lse.
+  template <bool kByTwo, bool kProbs, bool kGradients>
   DEVICE void differentiate(ScoreAcc& s, ScoreAcc& dp, const GroupTiles& walk, u64 kept) const {
     constexpr int kFloat = sizeof(float);
     // Each in one register, to which the loads add constants.
@@ -346,28 +353,38 @@ struct BackwardConsumer {
     const Places<true> own = places(walk).opaque_if(kHasTerms);
 #pragma unroll
     for (int n = 0; n < kQueries / 8; n++) {
-      float2 lse_log2, deltas;
-      if (kProbs) lse_log2 = ld_shared_f32x2(lse + 8 * n * kFloat);
-      if (kGradients) deltas = ld_shared_f32x2(delta + 8 * n * kFloat);
+      const auto of_query = [](const float2& pair, int e) { return e % 2 ? pair.y : pair.x; };
+      float derivatives[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const float score = s[0][n][e];
         float& p = s[0][n][e];
-        float& ds = dp[0][n][e];
-        const float lse_of_query = e % 2 ? lse_log2.y : lse_log2.x;
-        const float delta_of_query = e % 2 ? deltas.y : deltas.x;
-        float derivative;
+        derivatives[e] = scores.derivative(p);
         if constexpr (kProbs && kHasTerms)
-          p = exp2_approx(scores.with_terms(score, own.at(0, n, e), derivative) - lse_of_query);
-        else if constexpr (kProbs)
-          p = exp2_approx(score * scores.factor() - lse_of_query);
-        if constexpr (kGradients && !kHasTerms) derivative = scores.derivative(score);
-        if constexpr (kGradients && kDropout) {
-          const bool keep = bit_of<1>(kept, 0, n, e);
-          ds = p * (dropout.gradient(ds, keep) - delta_of_query) * derivative;
+          p = scores.with_terms(p, own.at(0, n, e), derivatives[e]);
+      }
+      if constexpr (kProbs && kByTwo) {
+        const float2 row_max = ld_shared_f32x2(lse + kStatBytes + 8 * n * kFloat);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          s[0][n][e] = below_largest(scores.score(s[0][n][e]), of_query(row_max, e));
+      }
+      if constexpr (kProbs) {
+        const float slope = kByTwo ? kLog2e : scores.unit_log2();
+        const float2 shifts = ld_shared_f32x2(lse + (kByTwo ? 2 * kStatBytes : 0) + 8 * n * kFloat);
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+          s[0][n][e] = exp2_approx(s[0][n][e] * slope - of_query(shifts, e));
+      }
+      if constexpr (kGradients) {
+        const float2 deltas = ld_shared_f32x2(delta + 8 * n * kFloat);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          float& p = s[0][n][e];
+          float& ds = dp[0][n][e];
+          const bool keep = !kDropout || bit_of<1>(kept, 0, n, e);
+          if constexpr (kDropout) ds = dropout.gradient(ds, keep);
+          ds = p * (ds - of_query(deltas, e)) * derivatives[e];
           if (!keep) p = 0.f;
-        } else if constexpr (kGradients) {
-          ds = p * (ds - delta_of_query) * derivative;
         }
       }
     }
@@ -444,10 +461,12 @@ DEVICE void run_block(const BackwardParamsSm90& p, const Storage& smem) {
       mbarrier_wait(smem.k_full(), 0);
       mbarrier_wait(smem.v_full(), 0);
     }
+    const int group = p.call.problem.group;
+    const bool large = warp_uniform(any_large(p.call, mask, work.head * group, group));
 #pragma unroll 1
     while (walk.valid()) {
       consumer.begin_head(walk.head, consumer.dq_row(), consumer.dq_col());
-      if (warp_uniform(walk.tiles.partly_visible())) {
+      if (large || warp_uniform(walk.tiles.partly_visible())) {
         consumer.template step<true>(walk);
         consumer.stage = consumer.stage.next();
         walk.advance();

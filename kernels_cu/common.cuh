@@ -12,7 +12,6 @@ typedef long long i64;
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLargest = 3.4028234663852886e38f;
 constexpr int kWarpSize = 32;
 
 constexpr DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }

@@ -1,7 +1,7 @@
 // The gradient of a bias, on mma.sync, for every GPU from Ampere on.
 //
-//   s = scale q kᵀ    p = exp2(s - lse)    dp = dout vᵀ    dbias = sum over shared axes of p (dp -
-//   delta)
+//   s = scale q kᵀ    p = exp(s - max) / sum    dp = dout vᵀ    dbias = sum over shared axes of p
+//   (dp - delta)
 //
 // One block per (tile of dbias, split). An axis along which all share the bias is one element long:
 // the block walks over it, batch entries, heads, query or key tiles, or, with splits, over its part
@@ -46,7 +46,9 @@ typedef WarpGrid<kBlockQ, kBlockKV, SCORE_WARPS> ScoreGrid;
 struct BiasGradientParams {
   Problem problem;
   Tensor q, k, v, dout;
-  RowStats stats;
+  const float* row_max;  // (B, Hq, Sq)
+  const float* row_sum;  // likewise, or null: 1
+  RowDeltas deltas;
   const u8* sights;  // of a mask's tree (mask_tiles.cu), by this kernel's tiles
   i64 sights_batch_stride, sights_head_stride;
   float* sums;    // (splits, *extent)
@@ -101,7 +103,7 @@ struct Tile {
                          TransposedRight<VTile>{v, ScoreGrid::col()});
     const Places<false> places{mask, head, first_row + ScoreGrid::row(),
                                first_key + ScoreGrid::col()};
-    differentiate(s, dp, places);
+    differentiate(s, dp, mask, places);
     for_each_hidden(dp, places, [](float& ds, int, int, int) { ds = 0.f; });
     for_each(sums, [&](float& sum, int m, int n, int e) { sum += dp[m][n][e]; });
   }
@@ -122,20 +124,20 @@ struct Tile {
   }
 
   // dp becomes p (dp - delta).
-  DEVICE void differentiate(const ScoreGrid::Acc& s, ScoreGrid::Acc& dp,
+  DEVICE void differentiate(const ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Mask& mask,
                             const Places<false>& places) const {
     const Scores scores(p.problem);
     const Dropout dropout(p.problem);
     u64 kept = 0;
     if (kDropout) kept = dropout.kept<ScoreGrid::kM, ScoreGrid::kN>(places);
     for_each(dp, [&](float& x, int m, int n, int e) {
-      const int row = places.row(m, n, e);
-      const i64 index = p.stats.index(p.problem, batch, head, row);
-      const float lse_log2 = row < p.problem.seqlen_q ? p.stats.lse_log2[index] : infinity();
-      const float delta = row < p.problem.seqlen_q ? p.stats.delta[index] : 0.f;
+      // The nearest row that exists: what the others give is hidden.
+      const int row = smaller(places.row(m, n, e), p.problem.seqlen_q - 1);
+      const RowStats stats(p.row_max, p.row_sum, mask.stats(head) + row);
+      const float delta = p.deltas.delta[p.deltas.index(p.problem, batch, head, row)];
       float derivative;
-      const float score_log2 = scores.with_terms(s[m][n][e], places.at(m, n, e), derivative);
-      const float prob = exp2_approx(score_log2 - lse_log2);
+      const float score = scores.with_terms(s[m][n][e], places.at(m, n, e), derivative);
+      const float prob = stats.probability(score);
       const float dprob = kDropout ? dropout.gradient(x, bit_of<ScoreGrid::kM>(kept, m, n, e)) : x;
       x = prob * (dprob - delta);
     });

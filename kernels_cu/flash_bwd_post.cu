@@ -2,7 +2,6 @@
 // batch entry) with the threads of the main kernel, so that each reads the accumulators that it
 // would own there; the tile goes through shared memory (2 kBlockQ D bytes) to whole rows.
 #include "backward.cuh"
-#include "mask.cuh"
 
 typedef SmemTile<kBlockQ, kHeadDim> QTile;
 #ifdef SMEM_BYTES

@@ -1,14 +1,13 @@
 // Before a backward pass: one block per (query tile, head of Rows, batch entry), one warp per row.
 //
-//   delta = sum over Dv of dout out, less dlse;  lse to base 2, +inf for rows that see no key
+//   delta = sum over Dv of dout out, less dlse;  lse in base 2, +inf for rows that see no key
 //
 // so that the main kernel's p = exp2(s - lse) and ds = p (dp - delta) need no case for such rows.
-// Clears this tile's part of dq_acc and its turn; the first block clears the work counter. No
-// shared memory.
+// Says whether a row's scores are too large for that. Clears this tile's part of dq_acc and its
+// turn; the first block clears the work counter.
 //
 // Method: FlashAttention-2 (Dao 2023), section 3.1.2.
 #include "backward.cuh"
-#include "mask.cuh"
 
 // Sum of x y over `cols` elements, by one warp: in pairs where the alignment allows.
 DEVICE float dot(const u16* x, const u16* y, int cols) {
@@ -39,20 +38,31 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const u16* out = mask.queries(p.out, head_q);
   const u16* dout = mask.queries(p.dout, head_q);
 
+  bool any_large = false;
   for (int i = warp_id(); i < kBlockQ; i += kWarps) {
     const int row = work.tile * kBlockQ + i;
-    float lse = -infinity(), delta = 0.f;
-    if (row < mask.valid_rows()) lse = p.lse[stats + rows.stat_index(p.problem, row)];
-    if (lse != -infinity()) {
-      delta =
-          dot(rows.pointer(out, p.out, row), rows.pointer(dout, p.dout, row), p.problem.head_dim_v);
-      if (p.dlse) delta -= p.dlse[stats + rows.stat_index(p.problem, row)];
+    RowStats row_stats(infinity(), 0.f);
+    float delta = 0.f;
+    if (row < mask.valid_rows()) {
+      const i64 index = stats + rows.stat_index(p.problem, row);
+      row_stats = RowStats(p.row_max, p.row_sum, index);
+      any_large |= row_stats.large();
+      if (row_stats.sees_keys()) {
+        delta = dot(rows.pointer(out, p.out, row), rows.pointer(dout, p.dout, row),
+                    p.problem.head_dim_v);
+        if (p.dlse) delta -= p.dlse[index];
+      }
     }
     if (lane_id() == 0) {
-      p.lse_log2[workspace * kBlockQ + i] = lse == -infinity() ? infinity() : lse * kLog2e;
+      float* of_row = p.row_stats + workspace * kRowStats * kBlockQ + i;
+      of_row[0] = row_stats.lse_log2();
+      of_row[kBlockQ] = row_stats.largest;
+      of_row[2 * kBlockQ] = row_stats.sum_log2;
       p.delta[workspace * kBlockQ + i] = delta;
     }
   }
+  any_large = __syncthreads_or(any_large);
+  if (threadIdx.x == 0) p.large[workspace] = any_large;
 
   float4* dq_acc = (float4*)(p.dq_acc + workspace * kBlockQ * kHeadDim);
   for (int i = threadIdx.x; i < kBlockQ * kHeadDim / 4; i += kThreads)

@@ -9,7 +9,9 @@
 
 struct SinkGradientParams {
   Problem problem;
-  RowStats stats;
+  const float* row_max;  // (B, Hq, Sq)
+  const float* row_sum;  // likewise, or null: 1
+  RowDeltas deltas;
   float* dsinks;  // (Hq,)
 };
 #ifdef SINK_PARAMS_BYTES
@@ -17,24 +19,21 @@ static_assert(sizeof(SinkGradientParams) == SINK_PARAMS_BYTES,
               "SinkGradientParams differs from the packed one");
 #endif
 
-DEVICE int queries(const Problem& p, int batch) {
-  if (!kPacked) return p.seqlen_q;
-  return p.packing.query_edges[batch + 1] - p.packing.query_edges[batch];
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads)
     flash_bwd_sinks(const __grid_constant__ SinkGradientParams p) {
   __shared__ float sums[kThreads];
   const int head = blockIdx.x;
-  const float sink_log2 = in_base_2(p.problem.sinks[head]);
+  const float sink = sink_of(p.problem, head);
   float sum = 0.f;
 #pragma unroll 1
-  for (int batch = 0; batch < p.problem.batch; batch++)
+  for (int batch = 0; batch < p.problem.batch; batch++) {
+    const Mask mask(p.problem, batch);
 #pragma unroll 1
-    for (int row = threadIdx.x; row < queries(p.problem, batch); row += kThreads) {
-      const i64 index = p.stats.index(p.problem, batch, head, row);
-      sum -= exp2_approx(sink_log2 - p.stats.lse_log2[index]) * p.stats.delta[index];
+    for (int row = threadIdx.x; row < mask.q_len; row += kThreads) {
+      const RowStats stats(p.row_max, p.row_sum, mask.stats(head) + row);
+      sum -= stats.probability(sink) * p.deltas.delta[p.deltas.index(p.problem, batch, head, row)];
     }
+  }
   sums[threadIdx.x] = sum;
   __syncthreads();
 #pragma unroll 1

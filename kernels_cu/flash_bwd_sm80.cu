@@ -3,6 +3,8 @@
 //   s = scale q kᵀ    p = exp2(s - lse)    dp = dout vᵀ    ds = p (dp - delta)
 //   dv = pᵀ dout      dk = scale dsᵀ q     dq = scale ds k
 //
+// Where prep has found a row with large scores, p = exp(s - max) / sum of its two statistics.
+//
 // One block per (key tile, key head, batch entry). It walks over the query tiles that see its keys,
 // whose rows are (position, head of the group): dk and dv of a whole group are summed in registers,
 // and dq tiles are added to dq_acc, float32, in global memory. Deterministic: blocks take their
@@ -88,9 +90,11 @@ DEVICE void for_each_row(const F& f) {
     for (int r = 0; r < 2; r++) f(ScoreGrid::row() + acc_row(m, 2 * r), m, r);
 }
 
-// s becomes p, after dropout, and dp becomes ds.
+// s becomes p, after dropout, and dp becomes ds; kLarge: by stats_of(row), else by lse.
+template <bool kLarge, class StatsOf>
 DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& scores,
-                          const Dropout& dropout, const Places<false>& places, u32 stage_smem) {
+                          const Dropout& dropout, const Places<false>& places, u32 stage_smem,
+                          const StatsOf& stats_of) {
   u64 kept = 0;
   if (kDropout) kept = dropout.kept<ScoreGrid::kM, ScoreGrid::kN>(places);
   if (!kHasTerms) scores.transform(s, places);
@@ -101,12 +105,13 @@ DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& s
     for (int n = 0; n < ScoreGrid::kN; n++)
 #pragma unroll
       for (int e = 2 * r; e < 2 * r + 2; e++) {
-        const float score = s[m][n][e];
-        float derivative = scores.derivative(score);
-        const float score_log2 = kHasTerms
-                                     ? scores.with_terms(score, places.at(m, n, e), derivative)
-                                     : score * scores.factor();
-        const float prob = exp2_approx(score_log2 - lse_log2);
+        float score = s[m][n][e], derivative = scores.derivative(score);
+        if (kHasTerms) score = scores.with_terms(score, places.at(m, n, e), derivative);
+        float prob;
+        if constexpr (kLarge)
+          prob = stats_of(row).probability(scores.score(score));
+        else
+          prob = exp2_approx(score * scores.unit_log2() - lse_log2);
         const bool keep = bit_of<ScoreGrid::kM>(kept, m, n, e);
         const float dprob = kDropout ? dropout.gradient(dp[m][n][e], keep) : dp[m][n][e];
         s[m][n][e] = !kDropout || keep ? prob : 0.f;
@@ -188,6 +193,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int head_q = work.head * p.problem.group;
   QueryTiles tiles(mask, work.head, work.tile, kBlockQ, kBlockKV);
   u32* turns = p.turns + 1;
+  const bool large = any_large(p, mask, work.head, 1);
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
   const auto load_k = [&] {
@@ -212,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         [&](int row) { return mask.rows.pointer(dout, p.dout, first_row + row); }, valid_rows,
         p.problem.head_dim_v);
     const i64 stats = workspace_tile(p.problem, work.batch, work.head, tile) * kBlockQ;
-    load_stats(q_stage(stage).base + kLseOffset, p.lse_log2 + stats);
+    load_stats(q_stage(stage).base + kLseOffset, p.row_stats + kRowStats * stats);
     load_stats(q_stage(stage).base + kDeltaOffset, p.delta + stats);
     cp_async_commit();
   };
@@ -257,7 +263,15 @@ extern "C" __global__ void __launch_bounds__(kThreads)
                          TransposedRight<VTile>{v_smem, ScoreGrid::col()});
     const Places<false> places{mask, head_q, first_row + ScoreGrid::row(),
                                first_key + ScoreGrid::col()};
-    differentiate(s, dp, scores, dropout, places, q_smem.base);
+    const auto stats_of = [&](int row) {
+      const int existing = smaller(first_row + row, mask.valid_rows() - 1);
+      return RowStats(p.row_max, p.row_sum,
+                      mask.stats(head_q) + mask.rows.stat_index(p.problem, existing));
+    };
+    if (large)
+      differentiate<true>(s, dp, scores, dropout, places, q_smem.base, stats_of);
+    else
+      differentiate<false>(s, dp, scores, dropout, places, q_smem.base, stats_of);
     // What the mask forbids has no probability and no gradient.
     if (partly_visible)
       for_each_hidden(s, places,

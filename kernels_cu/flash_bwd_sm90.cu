@@ -12,7 +12,7 @@
 //             dq to memory, while dk runs
 //
 // Shared memory, bytes:  k | v | kStages x q | kStages x dout | 2 x ds | stages of lse, delta | ...
-//   = 2 (kBlockKV (D + Dv) + kStages kBlockQ (D + Dv + 4) + 2 kBlockKV kBlockQ) + mbarriers, ticket
+//   = 2 (kBlockKV (D + Dv) + kStages kBlockQ (D + Dv + 8) + 2 kBlockKV kBlockQ) + mbarriers, ticket
 // dk and dv are staged over k and v at the end.
 //
 // Registers of a computing thread, of 240: dk and dv (D + Dv) / 2; then sᵀ, dpᵀ kBlockQ and pᵀ

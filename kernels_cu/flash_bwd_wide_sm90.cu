@@ -12,7 +12,7 @@
 //             barrier | dq and dk start | dq to memory, while dk runs
 //
 // Shared memory, bytes:  k | v | kStages x q | kStages x dout | 2 x p | 2 x ds | lse, delta | ...
-//   = 2 (kBlockKV (D + Dv) + kStages kBlockQ (D + Dv + 4) + 4 kBlockKV kBlockQ) + mbarriers, ticket
+//   = 2 (kBlockKV (D + Dv) + kStages kBlockQ (D + Dv + 8) + 4 kBlockKV kBlockQ) + mbarriers, ticket
 // dk and dv are staged over k and v at the end.
 //
 // Registers of a computing thread, of 240: dk and dv (D + Dv) / 4; then sᵀ and dpᵀ 16 each, or dq

@@ -79,9 +79,8 @@ DEVICE void store(const ForwardParams& p, const Work& work, const Mask& mask,
       const int row = warp_id() * kWarpRows + acc_row(m, 2 * r);
       in_length[m][r] = first_row + row < mask.valid_rows();
       if (lane_id() % 4 == 0 && row < valid_rows) {
-        float* lse = p.lse + mask.stats(head);
-        lse[mask.rows.stat_index(p.problem, first_row + row)] =
-            in_length[m][r] ? softmax.row_max[m][r] : -infinity();
+        const i64 index = mask.stats(head) + mask.rows.stat_index(p.problem, first_row + row);
+        softmax.store(p, index, m, r, in_length[m][r]);
       }
     }
 
@@ -136,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   const Scores scores(p.problem);
   const Dropout dropout(p.problem);
-  OnlineSoftmax<kM> softmax(scores.factor());
+  OnlineSoftmax<kM> softmax(scores);
   float o_acc[kM][kHeadDimV / 8][4];
   clear(o_acc);
 

@@ -266,7 +266,7 @@ struct Consumer {
         q(smem.q(index), 0),
         first_k(RowOperand<KTile>(smem.k(Ring()), 0).first.kept()),
         first_v(ColumnOperand<VTile>(smem.v(Ring()), 0).first.kept()),
-        softmax(scores.factor()) {}
+        softmax(scores) {}
 
   DEVICE void run() {
     if (kPingPong && index == 0) named_barrier_arrive(turn_barrier(0), 2 * kWarpgroupThreads);
@@ -289,7 +289,7 @@ struct Consumer {
   // `tiles`: that any warpgroup of the block sees.
   DEVICE void attend(const Mask& mask, KeyTiles tiles) {
     const OwnKeyTiles own(mask, first_row);
-    softmax = OnlineSoftmax<1>(scores.factor());
+    softmax = OnlineSoftmax<1>(scores);
     clear(o_acc);
 
 #pragma unroll 1
@@ -475,8 +475,7 @@ struct Consumer {
       const int row = first_row + warpgroup_row() + acc_row(0, 2 * r);
       in_length[r] = row < mask.q_len;
       if (lane_id() % 4 == 0 && row < mask.rows.count)
-        p.call.lse[mask.stats(work.head) + row] =
-            in_length[r] ? softmax.row_max[0][r] : -infinity();
+        softmax.store(p.call, mask.stats(work.head) + row, 0, r, in_length[r]);
     }
     for_each(o_acc, [&](float& o, int, int, int e) { o = in_length[e / 2] ? o : 0.f; });
 

@@ -1,5 +1,6 @@
 // The tokens of packed arrays that belong to no sequence, before the first and behind the last: out
-// 0 and lse -inf. One warp a row, a few blocks for all rows: mostly there is none.
+// 0, lse and row_max -inf, row_sum 0. One warp a row, a few blocks for all rows: mostly there is
+// none.
 #include "params.cuh"
 
 #ifndef WARPS
@@ -10,6 +11,8 @@ struct PackedRestParams {
   const int* edges;  // (sequences + 1,), as packed_tiles.cu has them
   Tensor out;        // (1, tokens, heads, head_dim_v)
   float* lse;        // (heads, tokens)
+  float* row_max;    // likewise, or null
+  float* row_sum;
   int sequences;
   int tokens;
   int heads;
@@ -30,6 +33,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* kWarpSize)
     const int token = index < first ? index : last + (index - first);
     u16* out = (u16*)p.out.data + token * p.out.seq_stride + head * p.out.head_stride;
     for (int col = lane_id(); col < p.head_dim_v; col += kWarpSize) out[col] = 0;
-    if (lane_id() == 0) p.lse[(i64)head * p.tokens + token] = -infinity();
+    const i64 stat = (i64)head * p.tokens + token;
+    if (lane_id() == 0) p.lse[stat] = -infinity();
+    if (lane_id() == 0 && p.row_max) p.row_max[stat] = -infinity(), p.row_sum[stat] = 0.f;
   }
 }

@@ -73,10 +73,10 @@ struct Problem {
   int group_shift;
   int head_dim;
   int head_dim_v;
-  float scale;                // multiplies q kᵀ
-  float scale_log2;           // scale log2(e)
-  float softcap_in;           // scale / softcap
-  float softcap_log2;         // softcap log2(e)
+  float scale;       // multiplies q kᵀ
+  float scale_log2;  // scale log2(e)
+  float softcap_in;  // scale / softcap
+  float softcap;
   const float* alibi_slopes;  // (Hq,) or (B, Hq)
   i64 alibi_batch_stride;
   const float* sinks;  // (Hq,)
@@ -98,26 +98,32 @@ struct ForwardParams {
   Tensor v;               // (B, Sk, Hk, Dv)
   Tensor out;             // (B, Sq, Hq, Dv)
   float* lse;             // (B, Hq, Sq), natural logarithm
+  float* row_max;         // (B, Hq, Sq), the largest score, and
+  float* row_sum;         // (B, Hq, Sq), the sum of exp(score - row_max); null: not wanted
   int heads_per_section;  // (batch, key head) pairs whose keys and values share the L2 cache
   int padding;
 };
 
 struct BackwardParams {
   Problem problem;
-  Tensor q;           // (B, Sq, Hq, D)
-  Tensor k;           // (B, Sk, Hk, D)
-  Tensor v;           // (B, Sk, Hk, Dv)
-  Tensor out;         // (B, Sq, Hq, Dv)
-  Tensor dout;        // (B, Sq, Hq, Dv)
-  Tensor dq;          // (B, Sq, Hq, D)
-  Tensor dk;          // (B, Sk, Hk, D)
-  Tensor dv;          // (B, Sk, Hk, Dv)
-  const float* lse;   // (B, Hq, Sq)
-  const float* dlse;  // (B, Hq, Sq) or null
-  float* lse_log2;  // (B, Hk, query tiles, kBlockQ): lse in base 2, +inf for rows that see nothing
-  float* delta;     // (B, Hk, query tiles, kBlockQ): sum of dout out over Dv, less dlse
-  float* dq_acc;    // (B, Hk, query tiles, kBlockQ D) in the accumulators' order
-  u32* turns;       // (1 + B Hk query tiles): work counter, then whose turn it is to add to a tile
+  Tensor q;              // (B, Sq, Hq, D)
+  Tensor k;              // (B, Sk, Hk, D)
+  Tensor v;              // (B, Sk, Hk, Dv)
+  Tensor out;            // (B, Sq, Hq, Dv)
+  Tensor dout;           // (B, Sq, Hq, Dv)
+  Tensor dq;             // (B, Sq, Hq, D)
+  Tensor dk;             // (B, Sk, Hk, D)
+  Tensor dv;             // (B, Sk, Hk, Dv)
+  const float* row_max;  // (B, Hq, Sq): the largest score, or lse where that is all that is known
+  const float* row_sum;  // (B, Hq, Sq): the sum of exp(score - row_max); null: 1
+  const float* dlse;     // (B, Hq, Sq) or null
+  // (B, Hk, query tiles, 3, kBlockQ): lse in base 2, the largest score and log2 of the sum; +inf,
+  // +inf and 0 for rows that see nothing
+  float* row_stats;
+  float* delta;   // (B, Hk, query tiles, kBlockQ): sum of dout out over Dv, less dlse
+  float* dq_acc;  // (B, Hk, query tiles, kBlockQ D) in the accumulators' order
+  u32* turns;     // (1 + B Hk query tiles): work counter, then whose turn it is to add to a tile
+  u32* large;     // (B Hk query tiles): whether lse_log2 is too coarse for one of its rows
 };
 
 // For Hopper: also tensor maps of the arrays that TMA moves (cuflash/_params.py).

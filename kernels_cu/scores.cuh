@@ -32,28 +32,35 @@ DEVICE float element_of(const ScoreTensor& x, const Place& at) {
   return kBytes == 4 ? ((const float*)x.data)[index]
                      : to_float<Element>(((const u16*)x.data)[index]);
 }
-// x log2(e), of which a finite number stays finite, as the lowest one that stands for a mask.
-DEVICE float in_base_2(float x) {
-  const float scaled = x * kLog2e;
-  if (fabsf(x) == infinity()) return x;
-  return scaled < -kLargest ? -kLargest : scaled > kLargest ? kLargest : scaled;  // NaN stays
-}
 
-// q kᵀ to scores, up to `factor`, a positive number: score log2(e) = factor x what transform()
-// leaves.
+// Beyond this size of scores, in base 2, what one float holds of their rounding and of a sum's
+// logarithm together is too coarse: half its last digit changes a probability by 2^-13.
+constexpr float kLargestPlainScore = 2048.f;
+
+// (a - b) log2(e) of scores, whatever finite numbers they are.
+DEVICE float difference_log2(float a, float b) { return fmaf(a, 0.5f, -0.5f * b) * (2.f * kLog2e); }
+
+// q kᵀ to scores, up to a positive number: score = unit() x what transform() leaves.
 struct Scores {
   const Problem& problem;
-  float scale_log2, softcap_in, softcap_log2;
+  float scale, scale_log2, softcap, softcap_in;
 
   DEVICE explicit Scores(const Problem& p)
       : problem(p),
+        scale(p.scale),
         scale_log2(p.scale_log2),
-        softcap_in(p.softcap_in),
-        softcap_log2(p.softcap_log2) {}
+        softcap(p.softcap),
+        softcap_in(p.softcap_in) {}
 
-  DEVICE float factor() const {
-    return kHasTerms || kScaleFirst && !kSoftcap ? 1.f : kSoftcap ? softcap_log2 : scale_log2;
+  DEVICE float unit() const {
+    return kHasTerms || kScaleFirst && !kSoftcap ? 1.f : kSoftcap ? softcap : scale;
   }
+  // The same in base 2.
+  DEVICE float unit_log2() const {
+    return kHasTerms || kSoftcap || kScaleFirst ? unit() * kLog2e : scale_log2;
+  }
+  // The score itself, rounded alike in every kernel: what is exact of one must be so of the others.
+  DEVICE float score(float transformed) const { return __fmul_rn(transformed, unit()); }
 
   template <int kM, int kN, class Places>
   DEVICE void transform(float (&s_acc)[kM][kN][4], const Places& places) const {
@@ -66,7 +73,7 @@ struct Scores {
     } else if constexpr (kSoftcap)
       for_each(s_acc, [&](float& s, int, int, int) { s = tanh(s * softcap_in); });
     else if constexpr (kScaleFirst)
-      for_each(s_acc, [&](float& s, int, int, int) { s *= scale_log2; });
+      for_each(s_acc, [&](float& s, int, int, int) { s *= scale; });
   }
 
   // Accurate relative to its value: 1 - 2 / (1 + e^2x) cancels near 0, where a series takes over.
@@ -82,25 +89,25 @@ struct Scores {
   // d score / d (scale q kᵀ), from a transformed score without terms.
   DEVICE float derivative(float s) const { return kSoftcap ? 1.f - s * s : 1.f; }
 
-  // The score of a pair in base 2, from q kᵀ, and d score / d (scale q kᵀ).
+  // The score of a pair, from q kᵀ, and d score / d (scale q kᵀ). Roundings are spelt out, so that
+  // a backward kernel finds the bits of the forward's.
   DEVICE float with_terms(float product, const Place& at, float& derivative) const {
-    float score = product * scale_log2;
+    float score = __fmul_rn(product, scale);
     derivative = 1.f;
     if (kSoftcap) {
       const float capped = tanh(product * softcap_in);
-      score = capped * softcap_log2;
+      score = __fmul_rn(capped, softcap);
       derivative = 1.f - capped * capped;
     }
     if (kHasScoreMod) {
-      const float natural = score * kLn2;
-      derivative *= score_mod_derivative(problem, natural, at);
-      score = in_base_2(score_mod(problem, natural, at));
+      derivative *= score_mod_derivative(problem, score, at);
+      score = score_mod(problem, score, at);
     }
     if (kAlibi) {
-      const float slope = problem.alibi_slopes[at.b * problem.alibi_batch_stride + at.h] * kLog2e;
-      score -= slope * fabsf((float)(at.i + at.offset - at.j));
+      const float slope = problem.alibi_slopes[at.b * problem.alibi_batch_stride + at.h];
+      score = fmaf(-slope, fabsf((float)(at.i + at.offset - at.j)), score);
     }
-    if (kBiasBytes > 0) score += in_base_2(element_of<kBiasBytes>(problem.bias, at));
+    if (kBiasBytes > 0) score = __fadd_rn(score, element_of<kBiasBytes>(problem.bias, at));
     return score;
   }
 };

@@ -33,9 +33,9 @@ def shrink_cpu_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, keys: int) -> N
 class _Backend:
     def both(self, dout, q, k, v, dlse=None, deterministic=True, **options: Any) -> Both:
         """Out, lse and the gradients."""
-        out, lse = self.forward(q, k, v, **options)
+        out, lse, stats = self.forward_with_stats(q, k, v, **options)
         dlse = None if dlse is None else dlse.astype(lse.dtype)
-        options = {**options, "dlse": dlse, "deterministic": deterministic}
+        options = {**options, "stats": stats, "dlse": dlse, "deterministic": deterministic}
         return out, lse, self.backward(dout, q, k, v, out, lse, **options)
 
 
@@ -47,6 +47,9 @@ class CpuBackend(_Backend):
 
     def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
         return cuflash.attention(q, k, v, return_lse=True, **options)
+
+    def forward_with_stats(self, q, k, v, **options: Any) -> tuple[np.ndarray, ...]:
+        return cuflash.attention(q, k, v, return_stats=True, **options)
 
     def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
         return cuflash.attention_backward(dout, q, k, v, out, lse, **options)
@@ -66,9 +69,12 @@ class GpuBackend(_Backend):
     dtypes = ("float16", "bfloat16")
 
     def forward(self, q, k, v, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        return self.forward_with_stats(q, k, v, **options)[:2]
+
+    def forward_with_stats(self, q, k, v, **options: Any) -> tuple[np.ndarray, ...]:
         q, k, v = map(_to_gpu, (q, k, v))
-        out, lse = cuflash.attention(q, k, v, return_lse=True, **_options_to_gpu(options))
-        return out.get(), lse.get()
+        results = cuflash.attention(q, k, v, return_stats=True, **_options_to_gpu(options))
+        return tuple(x.get() for x in results)
 
     def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
         arrays = map(_to_gpu, (dout, q, k, v, out, lse))
@@ -109,17 +115,15 @@ class EmulatedBackend(_Backend):
         from cuflash import _launch
 
         problem = Problem.create("attention", "cuda", q, k, v, **_as_arrays(options))
-        return self._run(_launch.forward, problem)
+        return self._run(_launch.forward, problem)[:2]
 
     def backward(self, dout, q, k, v, out, lse, **options: Any) -> Gradients:
         from cuflash import _launch
 
-        dlse = options.pop("dlse", None)
-        flags = [options.pop(n, True) for n in ("deterministic", "bias_gradient")]
+        names = ("dlse", "deterministic", "bias_gradient", "stats")
+        own = {n: options.pop(n) for n in names if n in options}
         forward = Problem.create("attention_backward", "cuda", q, k, v, **_as_arrays(options))
-        gradient = GradientProblem.create(
-            "attention_backward", forward, dout, out, lse, dlse, *flags
-        )
+        gradient = GradientProblem.create("attention_backward", forward, dout, out, lse, **own)
         return self._run(_launch.backward, gradient)
 
     def both(self, dout, q, k, v, dlse=None, deterministic=True, **options: Any) -> Both:
@@ -127,9 +131,9 @@ class EmulatedBackend(_Backend):
         from cuflash import _launch
 
         def launch(problem: Problem, gpu: EmulatedGpu) -> Both:
-            out, lse = _launch.forward(problem, gpu)
-            arrays = (dout, out, lse, dlse)
-            gradient = GradientProblem.create("both", problem, *arrays, deterministic)
+            out, lse, stats = _launch.forward(problem, gpu, wants_stats=True)
+            arrays = (dout, out, lse, dlse, deterministic)
+            gradient = GradientProblem.create("both", problem, *arrays, stats=stats)
             return out, lse, _launch.backward(gradient, gpu)
 
         problem = Problem.create("both", "cuda", q, k, v, **_as_arrays(options))
@@ -146,14 +150,14 @@ class EmulatedBackend(_Backend):
         from cuflash import _launch_packed
 
         problem = PackedProblem.create("attention_varlen", "cuda", *arrays, **_as_arrays(options))
-        return self._run(_launch_packed.forward, problem)
+        return self._run(_launch_packed.forward, problem)[:2]
 
     def backward_varlen(self, *arrays: np.ndarray, **options: Any) -> Gradients:
         from cuflash import _launch_packed
 
         dout, *inputs, out, lse = arrays
         function = "attention_varlen_backward"
-        own = {n: options.pop(n) for n in ("dlse", "deterministic") if n in options}
+        own = {n: options.pop(n) for n in ("dlse", "deterministic", "stats") if n in options}
         forward = PackedProblem.create(function, "cuda", *inputs, **_as_arrays(options))
         gradient = PackedGradientProblem.create(function, forward, dout, out, lse, **own)
         return self._run(_launch_packed.backward, gradient)

@@ -60,7 +60,7 @@ def run(
 ) -> dict[str, np.ndarray]:
     """Everything that forward and backward give."""
     problem = Problem.create("attention", "cpu", q, k, v, **options)
-    out, lse = cpu.forward(problem)
+    out, lse, _ = cpu.forward(problem)
     gradient = GradientProblem.create("attention_backward", problem, dout, out, lse, dlse)
     return named(out, lse, cpu.backward(gradient))
 

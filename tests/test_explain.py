@@ -237,7 +237,7 @@ def launched(arguments: dict[str, Any], gpu: AbsentGpu) -> dict[str, Any]:
         _launch_packed.backward(gradient, gpu)
     else:
         problem = Problem.create("attention", "cuda", **arguments)
-        out, lse = _launch.forward(problem, gpu)
+        out, lse, _ = _launch.forward(problem, gpu)
         dout = gpu.empty(out.shape, out.dtype)
         _launch.backward(GradientProblem(problem, dout, out, lse, None, True), gpu)
     return {kernel.entry: kernel for kernel in gpu.noted}

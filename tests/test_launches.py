@@ -43,7 +43,7 @@ def of_a_call(kind: launches.CallKind, arch: str, seqlen_q: int, **options: Any)
     """Launched by a forward and a backward pass of ordinary sizes."""
     gpu = launches._AbsentGpu(int(arch[3:]))
     problem = Problem.create("attention", "cuda", *tensors(kind, seqlen_q), **options)
-    out, lse = _launch.forward(problem, gpu)
+    out, lse, _ = _launch.forward(problem, gpu)
     if kind.backward:
         gradient = GradientProblem.create("attention", problem, out, out, lse)
         _launch.backward(replace(gradient, deterministic=kind.deterministic), gpu)
@@ -136,7 +136,7 @@ def test_kernels_of_packed_sequences(arch: str) -> None:
     q, k, v = (x[0] for x in tensors(PLAIN, SQ))
     edges = np.array([0, 7, 7, SQ]), np.array([0, 100, 200, SK])
     problem = PackedProblem.create("attention_varlen", "cuda", q, k, v, *edges)
-    out, lse = _launch_packed.forward(problem, gpu)
+    out, lse, _ = _launch_packed.forward(problem, gpu)
     gradient = PackedGradientProblem.create("attention_varlen", problem, out, out, lse)
     _launch_packed.backward(gradient, gpu)
     kernels = set(launches.kernels_of(replace(PLAIN, packed=True), arch))

@@ -236,7 +236,7 @@ BUGS = {
     ),
     "sink-not-in-the-sum": (
         "softmax.cuh",
-        "sum = sum * kept + exp2_approx(extra - shift);",
+        "sum = sum * kept + exp2_approx(difference_log2(extra, shift));",
         "sum = sum * kept;",
         WRONG,
         80,

@@ -119,8 +119,8 @@ def test_arrays_are_positional_and_options_are_keywords() -> None:
 
 def test_the_functions_have_the_same_options() -> None:
     own = {
-        "attention": {"return_lse", "out"},
-        "attention_backward": {"dlse", "deterministic", "bias_gradient"},
+        "attention": {"return_lse", "return_stats", "out"},
+        "attention_backward": {"stats", "dlse", "deterministic", "bias_gradient"},
         "attention_vjp": {"return_lse", "deterministic", "bias_gradient"},
         "explain": {"out"},
         "validate": {"out"},
@@ -148,7 +148,8 @@ def test_packed_sequences_have_the_options_that_make_sense_for_them() -> None:
 def test_every_option_of_a_problem_is_public(problem: Any, function: str) -> None:
     found = inspect.signature(problem.create).parameters
     expected = {n: p.default for n, p in found.items() if p.kind is p.KEYWORD_ONLY}
-    public = {n: p.default for n, p in options(function).items() if n != "return_lse"}
+    results = {"return_lse", "return_stats"}
+    public = {n: p.default for n, p in options(function).items() if n not in results}
     assert public == expected
 
 
@@ -250,7 +251,8 @@ def test_the_pullback_keeps_no_scores() -> None:
     _, pullback = cuflash.attention_vjp(q, k, v, causal=True, softcap=2.0)
     kept = arrays_reachable_from(pullback)
     assert any(array is q for array in kept)
-    assert sum(array.size for array in kept) == q.size + k.size + v.size + q.size + seqlen
+    rows = 3 * seqlen  # lse, and the two statistics of each row
+    assert sum(array.size for array in kept) == q.size + k.size + v.size + q.size + rows
 
 
 def arrays_reachable_from(root: Any) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from test_hopper_forward import heads_first_copy, shifted
 
 import cuflash
 from cuflash import _params, _traits
-from cuflash._problem import GradientProblem, Problem
+from cuflash._problem import GradientProblem, Problem, Result
 from cuflash.cli.cases import Case
 
 _launch = pytest.importorskip("cuflash._launch", reason="it needs CuPy", exc_type=ImportError)
@@ -35,7 +35,8 @@ CASE = Case(batch=1, heads_q=2, heads_k=1, seqlen_q=450, seqlen_k=1000, head_dim
 ARRAYS = CASE.arrays()
 OUT, LSE = np.empty_like(ARRAYS.q), np.empty((1, 2, 450), np.float32)
 GRADS = tuple(map(np.empty_like, ARRAYS[:3]))
-WORKSPACE = tuple(np.empty(n, np.float32) for n in (1024, 1024, 65536, 17))
+WORKSPACE = tuple(np.empty(n, np.float32) for n in (1024, 1024, 65536, 17, 16))
+STATS = np.empty((2, *LSE.shape), np.float32)
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "q": lambda: {"q": ARRAYS.q.copy()},
     "unaligned": lambda: {"q": shifted(ARRAYS.q)},
@@ -104,14 +105,19 @@ def test_a_backward_choice_is_kept_by_layout_alone() -> None:
 
 
 def forward(
-    of: Problem, on: Encoder = HOPPER, out: np.ndarray = OUT, lse: np.ndarray = LSE
+    of: Problem,
+    on: Encoder = HOPPER,
+    out: np.ndarray = OUT,
+    lse: np.ndarray = LSE,
+    stats: np.ndarray | None = None,
 ) -> tuple[Any, ...]:
     """What is kept, which is what would be found out anew."""
     assert of.reads_no_more
-    known = _launch._known_launch(of, out, lse, on)
-    assert _launch._known_launch(of, out, lse, on) is known
+    result = Result(out, lse, stats)
+    known = _launch._known_launch(of, result, on)
+    assert _launch._known_launch(of, result, on) is known
     choice = _launch._forward_choice(of, out, on.device)
-    assert known == _launch._forward_launch(of, out, lse, choice, on)
+    assert known == _launch._forward_launch(of, result, choice, on)
     return known
 
 
@@ -144,18 +150,20 @@ def test_launches_are_kept_by_all_of_the_problem(launch: Callable[..., Any]) -> 
 
 
 def test_a_launch_is_kept_by_where_the_results_go() -> None:
-    held = OUT.copy(), LSE.copy()
+    held = OUT.copy(), LSE.copy(), STATS.copy()
     launches = [
         forward(problem()),
         forward(problem(), out=held[0]),
         forward(problem(), out=as_strided_otherwise(OUT)),
         forward(problem(), lse=held[1]),
+        forward(problem(), stats=STATS),
+        forward(problem(), stats=held[2]),
     ]
-    assert len(set(launches)) == 4
+    assert len(set(launches)) == 6
 
 
 def test_a_backward_is_kept_by_all_that_it_reads_and_writes() -> None:
-    given = {"dout": ARRAYS.dout, "out": OUT, "lse": LSE, "dlse": LSE}
+    given = {"dout": ARRAYS.dout, "out": OUT, "lse": LSE, "dlse": LSE, "stats": STATS}
     held = {name: x.copy() for name, x in given.items()}
     launches = [backward(problem()), backward(problem(), deterministic=False)]
     launches += [backward(problem(), **{name: x}) for name, x in held.items()]
@@ -169,7 +177,7 @@ def test_a_backward_is_kept_by_all_that_it_reads_and_writes() -> None:
             launches.append(backward(problem(), **{name: (*arrays[:i], copy, *arrays[i + 1 :])}))
     dq = as_strided_otherwise(GRADS[0])
     launches.append(backward(problem(), grads=(dq, *GRADS[1:])))
-    assert len(set(launches)) == len(launches) == 2 + 4 + 2 + 3 + 4 + 1
+    assert len(set(launches)) == len(launches) == 2 + 5 + 2 + 3 + 5 + 1
 
 
 @pytest.mark.parametrize(

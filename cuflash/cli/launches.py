@@ -112,10 +112,10 @@ def _launch(kind: CallKind, queries: int, gpu: _AbsentGpu) -> None:
     problem = dense_or_packed("compile", "cuda", _arguments(kind, queries))
     arrays = PACKED if kind.packed else DENSE
     backend = arrays.backend("cuda")  # needs CuPy
-    out, lse = backend.forward(problem, gpu)
+    out, lse, stats = backend.forward(problem, gpu, wants_stats=True)
     if kind.backward:
-        flags = {"deterministic": kind.deterministic}
-        backend.backward(arrays.gradient.create("compile", problem, out, out, lse, **flags), gpu)
+        own = {"stats": stats, "deterministic": kind.deterministic}
+        backend.backward(arrays.gradient.create("compile", problem, out, out, lse, **own), gpu)
 
 
 def _arguments(kind: CallKind, queries: int) -> dict[str, Any]:

@@ -19,6 +19,13 @@ DEVICE float reciprocal_approx(float x) {
   return y;
 }
 
+// The smaller one; NaN if either is.
+DEVICE float min_or_nan(float x, float y) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(x), "f"(y));
+  return smaller;
+}
+
 // Two floats to a pair of 16-bit elements, the first in the low half, rounded to nearest even.
 template <class Element>
 DEVICE u32 pack(float low, float high);
