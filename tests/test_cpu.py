@@ -463,6 +463,23 @@ def test_small_problems_are_few_tasks(
     assert found == [tasks, tasks]
 
 
+@pytest.mark.parametrize(("seqlen", "is_small"), [(1, True), (16, True), (200, False)])
+def test_a_small_call_leaves_blas_and_threads_alone(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, seqlen: int, is_small: bool
+) -> None:
+    """That would take longer than the call."""
+    calls = []
+    single_threaded = _threads._single_threaded_blas
+    monkeypatch.setattr(
+        _threads, "_single_threaded_blas", lambda: calls.append(1) or single_threaded()
+    )
+    monkeypatch.setattr(_threads, "_start", lambda helpers, work, count: calls.extend([1] * count))
+    x = tensors(rng, seqlen, seqlen, batch=1)
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        assert_close(run(*x), expected(*x))
+    assert bool(calls) != is_small
+
+
 def test_no_thread_outlives_the_call(rng: np.random.Generator, small_tiles: None) -> None:
     before = threading.active_count()
     run(*tensors(rng))
