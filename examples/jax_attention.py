@@ -38,16 +38,17 @@ def attention_of(**options):
         batch, length, heads, _ = q.shape
         out = jax.ShapeDtypeStruct((batch, length, heads, v.shape[3]), q.dtype)
         lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.promote_types(q.dtype, "float32"))
-        function = partial(cuflash.attention, return_lse=True, **options)
-        out, lse = call(function, (out, lse), q, k, v, bias=bias, sinks=sinks, **arrays)
-        return out, (q, k, v, out, lse, bias, sinks, arrays)
+        stats = jax.ShapeDtypeStruct((2, *lse.shape), lse.dtype)
+        function = partial(cuflash.attention, return_stats=True, **options)
+        results = call(function, (out, lse, stats), q, k, v, bias=bias, sinks=sinks, **arrays)
+        return results[0], (q, k, v, *results, bias, sinks, arrays)
 
     def backward(saved, dout):
-        *results, bias, sinks, arrays = saved
-        like = cuflash.Gradients(*results[:3], bias, sinks)
+        q, k, v, out, lse, stats, bias, sinks, arrays = saved
+        like = cuflash.Gradients(q, k, v, bias, sinks)
         function = partial(cuflash.attention_backward, **options)
-        gradients = call(function, like, dout, *results, bias=bias, sinks=sinks, **arrays)
-        return *gradients, None
+        terms = {"stats": stats, "bias": bias, "sinks": sinks, **arrays}
+        return *call(function, like, dout, q, k, v, out, lse, **terms), None
 
     differentiable.defvjp(forward, backward)
     return attention

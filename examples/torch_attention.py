@@ -18,16 +18,16 @@ SHAPE = (2, 300, 4, 64)  # batch, length, heads, head size
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, bias, sinks, options):
-        return cuflash.attention(q, k, v, bias=bias, sinks=sinks, return_lse=True, **options)
+        return cuflash.attention(q, k, v, bias=bias, sinks=sinks, return_stats=True, **options)
 
     @staticmethod
     def setup_context(ctx, inputs, results):
         *arrays, bias, sinks, ctx.options = inputs
         ctx.save_for_backward(*arrays, *results, bias, sinks)
-        ctx.mark_non_differentiable(results[1])  # lse
+        ctx.mark_non_differentiable(*results[1:])  # lse, stats
 
     @staticmethod
-    def backward(ctx, dout, _):
+    def backward(ctx, dout, *_):
         options = {"bias_gradient": ctx.needs_input_grad[3], **ctx.options}
         dout = dout.contiguous()  # torch hands over any strides
         return *AttentionGradients.apply(dout, *ctx.saved_tensors, options), None
@@ -37,9 +37,9 @@ class AttentionGradients(torch.autograd.Function):
     """In torch's graph by itself, so that torch knows of all that the gradients depend on."""
 
     @staticmethod
-    def forward(dout, q, k, v, out, lse, bias, sinks, options):
-        arrays = (dout, q, k, v, out, lse)
-        return tuple(cuflash.attention_backward(*arrays, bias=bias, sinks=sinks, **options))
+    def forward(dout, q, k, v, out, lse, stats, bias, sinks, options):
+        terms = {"stats": stats, "bias": bias, "sinks": sinks}
+        return tuple(cuflash.attention_backward(dout, q, k, v, out, lse, **terms, **options))
 
     @staticmethod
     def setup_context(ctx, inputs, results):
