@@ -120,6 +120,7 @@ RACES = {
     "read-and-written": (READ, WRITE),
     "read-then-written-unordered": (READ + RELAXED, until(ACQUIRE) + WRITE),
     "both-write": (WRITE, WRITE),
+    "weak-before-strong": ("st.global.u32 [%rd1], %r9;" + COUNT, COUNT),
     "overlap": ("st.global.u16 [%rd1], %r9;", "st.global.u8 [%rd1+1], %r9;"),
     "some-added-then-read": (SUM + RELAXED, SUM + RELEASE, until(ACQUIRE, 2) + READ),
     "stored-and-half-awaited": (

@@ -202,6 +202,12 @@ static bool conflicts(const Trace& a, const Trace& b) {
   return !(cta->options->allow_same_value && a.block == b.block && a.write && b.write);
 }
 
+// Whether every race with `before`, which comes before `a`, is one with `a` too.
+static bool stands_for(const Trace& a, const Trace& before) {
+  const bool sums = a.adds_floats || a.scope == Scope::weak;
+  return (a.write || !before.write) && a.scope <= before.scope && (sums || !before.adds_floats);
+}
+
 [[noreturn]] static void report(const char* what, u64 address, const Trace& mine,
                                 const Trace& other) {
   const Options& o = *cta->options;
@@ -243,8 +249,7 @@ static void note_cell(u64 cell, const char* what, const Trace& mine, const Clock
         lock.unlock();
         report(what, cell + std::countr_zero(u32(t.bytes & mine.bytes)), mine, other);
       }
-      // Whatever is in order after this access is so after that one.
-      if (before && (mine.write || !t.write)) t.bytes &= ~mine.bytes;
+      if (before && stands_for(mine, t)) t.bytes &= ~mine.bytes;
       if (!t.bytes) {
         *link = t.next;
         t.next = page.unused;
