@@ -354,13 +354,17 @@ struct BackwardConsumer {
 #pragma unroll
     for (int n = 0; n < kQueries / 8; n++) {
       const auto of_query = [](const float2& pair, int e) { return e % 2 ? pair.y : pair.x; };
-      float derivatives[4];
+      // From the derivative on, which is at hand only here: ds is p times what dp becomes.
+      float2 deltas;
+      if constexpr (kGradients) deltas = ld_shared_f32x2(delta + 8 * n * kFloat);
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         float& p = s[0][n][e];
-        derivatives[e] = scores.derivative(p);
-        if constexpr (kProbs && kHasTerms)
-          p = scores.with_terms(p, own.at(0, n, e), derivatives[e]);
+        float& ds = dp[0][n][e];
+        float derivative = scores.derivative(p);
+        if constexpr (kProbs && kHasTerms) p = scores.with_terms(p, own.at(0, n, e), derivative);
+        if constexpr (kGradients && kDropout) ds = dropout.gradient(ds, bit_of<1>(kept, 0, n, e));
+        if constexpr (kGradients) ds = (ds - of_query(deltas, e)) * derivative;
       }
       if constexpr (kProbs && kByTwo) {
         const float2 row_max = ld_shared_f32x2(lse + kStatBytes + 8 * n * kFloat);
@@ -376,15 +380,10 @@ struct BackwardConsumer {
           s[0][n][e] = exp2_approx(s[0][n][e] * slope - of_query(shifts, e));
       }
       if constexpr (kGradients) {
-        const float2 deltas = ld_shared_f32x2(delta + 8 * n * kFloat);
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-          float& p = s[0][n][e];
-          float& ds = dp[0][n][e];
-          const bool keep = !kDropout || bit_of<1>(kept, 0, n, e);
-          if constexpr (kDropout) ds = dropout.gradient(ds, keep);
-          ds = p * (ds - of_query(deltas, e)) * derivatives[e];
-          if (!keep) p = 0.f;
+          dp[0][n][e] *= s[0][n][e];
+          if (kDropout && !bit_of<1>(kept, 0, n, e)) s[0][n][e] = 0.f;
         }
       }
     }

@@ -290,7 +290,7 @@ BUGS = {
     ),
     "no-derivative-of-the-score-function": (
         "scores.cuh",
-        "derivative *= score_mod_derivative(problem, natural, at);",
+        "derivative *= score_mod_derivative(problem, score, at);",
         "",
         WRONG,
         80,
