@@ -144,6 +144,7 @@ def check_hopper_kernel(kernel: _traits.Kernel, params_bytes: int) -> None:
     assert cubin.resources.registers * kernel.threads <= 65536, (kernel, cubin.log)
     assert kernel.smem_bytes <= _traits.smem_limit(90)
     assert kernel_params_bytes(cubin.image) == params_bytes
+    assert params_place(cubin.image) % _params.TENSOR_MAP_BYTES == 0  # they begin with the maps
     check_register_limits(kernel)
     counts = instructions(cubin.image)
     for wanted in ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"):
@@ -232,6 +233,14 @@ def kernel_params_bytes(image: bytes) -> int:
     """The size of the parameter block, as the cubin's .nv.info says of its one parameter."""
     text = run_tool("cuobjdump", image, "-elf")
     return int(re.search(r"Ordinal : 0x0\s+Offset\s*: \w+\s+Size\s*: (0x\w+)", text)[1], 16)
+
+
+def params_place(image: bytes) -> int:
+    """Where the parameter starts in the bank of constants."""
+    text = run_tool("cuobjdump", image, "-elf")
+    bank = int(re.search(r"EIATTR_PARAM_CBANK\s.*\s+Value:\s*0x\w+ (0x\w+)", text)[1], 16)
+    offset = int(re.search(r"Ordinal : 0x0\s+Offset\s*: (0x\w+)", text)[1], 16)
+    return bank % (1 << 16) + offset
 
 
 def instructions(image: bytes) -> dict[str, int]:
