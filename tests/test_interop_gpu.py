@@ -77,10 +77,10 @@ class FakeGpu:
         self.log.append("import")
         return x.array
 
-    def forward(self, problem: Problem) -> tuple[Any, Any]:
+    def forward(self, problem: Problem, wants_stats: bool) -> tuple[Any, ...]:
         self.log.append("run")
         self.problem = problem
-        return "out", "lse"
+        return "out", "lse", "stats" if wants_stats else None
 
 
 @pytest.fixture
