@@ -578,6 +578,18 @@ def test_a_store_past_the_end_of_rows_is_noticed(monkeypatch: pytest.MonkeyPatch
         emulated(capability=90).forward(q, k, v, out=out)
 
 
+def test_stores_of_parts_of_chunks_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were such rows stored by TMA, what lies behind them would be overwritten."""
+    monkeypatch.setattr(_params, "_CHUNK_BYTES", 2)
+    monkeypatch.setattr(_launch, "_forward_choices", {})
+    arrays = replace(LONG, seqlen_q=130, seqlen_k=200).arrays()
+    q, k, v = (columns(getattr(arrays, name), 20) for name in "qkv")
+    out = columns(np.zeros_like(arrays.q), 20)
+    emulated(capability=90).forward(q, k, v, out=out)
+    behind = np.isnan(out.base)
+    assert not behind[..., 20:24].any() and behind[..., 24:].all()
+
+
 def test_hopper_takes_packed_sequences() -> None:
     q, k, v = (x.reshape(-1, *x.shape[2:]) for x in LONG.arrays()[:3])
     edges = np.array([0, 3, len(q)]), np.array([0, 5, len(k)])
