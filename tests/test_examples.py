@@ -185,6 +185,20 @@ def test_higher_derivatives_by_torchs_tools_raise(example, torch_inputs):
         torch.func.hessian(loss)(*plain)
 
 
+@pytest.mark.parametrize("library", ["torch", "jax"])
+def test_the_wrappers_hand_on_the_statistics(example, monkeypatch, library):
+    pytest.importorskip(library)
+    given, backward = [], cuflash.attention_backward
+
+    def recorded(*arrays, stats=None, **options):
+        given.append(stats)
+        return backward(*arrays, stats=stats, **options)
+
+    monkeypatch.setattr(cuflash, "attention_backward", recorded)
+    example(f"{library}_attention").main()
+    assert given[0].shape == (2, 2, 4, 300)
+
+
 def test_what_has_no_gradient_in_the_torch_example_is_refused(example):
     torch = pytest.importorskip("torch")
     attention, x = example("torch_attention").attention, torch.ones(1, 3, 2, 4)
