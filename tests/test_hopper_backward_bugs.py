@@ -134,7 +134,7 @@ SHARED_BUGS = {
     "full-parity": (Q_FULL, Q_FULL.replace("parity", "parity ^ 1"), "race:|deadlock:", CASE),
     "empty-not-awaited": (Q_EMPTY, "", "race:|more arrivals", CASE),
     "v-not-awaited": ("      mbarrier_wait(smem.v_full(), 0);\n", "", "race:", CASE),
-    "too-few-bytes": ("QTile::kBytes + kStatBytes", "QTile::kBytes", "deadlock:|race:|bytes", CASE),
+    "too-few-bytes": (" + kRowStats * kStatBytes);", ");", "deadlock:|race:|bytes", CASE),
     "one-arrival": (
         "mbarrier_init(smem.q_empty(stage), kWarps)",
         "mbarrier_init(smem.q_empty(stage), 1)",
