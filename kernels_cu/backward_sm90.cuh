@@ -22,7 +22,8 @@
 // earlier, so they are running, and the earliest unfinished one waits for nobody. Warp 1 watches
 // the counter, so that the computing warps meet a barrier that is usually open.
 //
-// Partly visible tiles hide what the mask forbids. If in one of them s or dp is not finite, in
+// A run of fully visible tiles has a loop of its own, as in the forward. Partly visible tiles hide
+// what the mask forbids. If in one of them s or dp is not finite, in
 // either warpgroup (a vote on the barrier of the scores), its dv, dk and dq are summed without the
 // tensor cores (hidden.cuh): every inf and NaN of q, k and dout shows in s or dp.
 //
@@ -274,14 +275,19 @@ struct BackwardConsumer {
 
   // Before the first tile of a head; this warpgroup's part of dq begins at (row, col) of the tiles.
   DEVICE void begin_head(int head, int row, int col) {
-    const int part = (row / 16 + warp_id() % 4) * QueryGrid::kWarpsN + col / (8 * QueryGrid::kN);
-    const i64 tile = workspace_tile(p.call.problem, work.batch, head, 0);
-    first_sums =
-        p.call.dq_acc + tile * kBlockQ * kHeadDim + (part * kWarpSize + lane_id()) * kSumFloats;
+    if (!kHasTerms) first_sums = sums_of(head, row, col);
   }
 
  protected:
-  float* first_sums;  // of this thread, in dq_acc's first tile of the head
+  float* first_sums;  // sums_of() a head; terms need the registers, and it is computed at each tile
+
+  // Of this thread, in dq_acc's first tile of a head: where post's thread of the same QueryGrid
+  // part reads them.
+  DEVICE float* sums_of(int head, int row, int col) const {
+    const int part = (row / 16 + warp_id() % 4) * QueryGrid::kWarpsN + col / (8 * QueryGrid::kN);
+    const i64 tile = workspace_tile(p.call.problem, work.batch, head, 0);
+    return p.call.dq_acc + tile * kBlockQ * kHeadDim + (part * kWarpSize + lane_id()) * kSumFloats;
+  }
 
   // The first of this warpgroup's part of sᵀ and dpᵀ, in the tiles.
   DEVICE int first_key() const { return kDivideKeys ? index * kWarpgroupRows : 0; }
@@ -421,11 +427,12 @@ struct BackwardConsumer {
     return mask.visible(walk.head, query, work.tile * kBlockKV + key);
   }
 
-  // Each thread's sums of dq stand where post's thread of the same QueryGrid part reads them.
+  // dq from (row, col) of the tile on.
   template <int kN>
-  DEVICE void add_dq(const float (&dq)[1][kN][4], const GroupTiles& walk) const {
+  DEVICE void add_dq(const float (&dq)[1][kN][4], int row, int col, const GroupTiles& walk) const {
     static_assert(kN == QueryGrid::kN, "post reads what this kernel adds");
-    float* sums = first_sums + walk.tiles.current * (i64)(kBlockQ * kHeadDim);
+    float* first = kHasTerms ? sums_of(walk.head, row, col) : first_sums;
+    float* sums = first + walk.tiles.current * (i64)(kBlockQ * kHeadDim);
     if (kDeterministic) named_barrier_sync(kTurnBarrier, kTurnThreads);
 #pragma unroll
     for (int n = 0; n < kN; n++) red_add(sums + n * kThreads * kSumFloats, dq[0][n]);
@@ -462,6 +469,12 @@ DEVICE void run_block(const BackwardParamsSm90& p, const Storage& smem) {
     }
     const int group = p.call.problem.group;
     const bool large = warp_uniform(any_large(p.call, mask, work.head * group, group));
+    // A run of fully visible tiles of a head has a loop of its own, of few instructions; beside
+    // terms it would take registers that they need.
+    const auto stays_full = [&] {
+      if (kHasTerms) return false;
+      return kHasTree ? (bool)warp_uniform(walk.tiles.stay_full()) : walk.tiles.stay_full();
+    };
 #pragma unroll 1
     while (walk.valid()) {
       consumer.begin_head(walk.head, consumer.dq_row(), consumer.dq_col());
@@ -476,7 +489,7 @@ DEVICE void run_block(const BackwardParamsSm90& p, const Storage& smem) {
         consumer.template step<false>(walk);
         consumer.stage = consumer.stage.next();
         walk.tiles.advance();
-      } while (kHasTree ? warp_uniform(walk.tiles.stay_full()) : walk.tiles.stay_full());
+      } while (stays_full());
       walk.settle();
     }
     consumer.finish();

@@ -83,7 +83,7 @@ struct Consumer : BackwardConsumer<Storage> {
         add_gradients(dq, probs, walk, visible);
         release(smem.dout_empty(stage.index));
         release(smem.q_empty(stage.index));
-        add_dq(dq, walk);
+        add_dq(dq, dq_row(), dq_col(), walk);
         return;
       }
       start_dv(probs);
@@ -95,7 +95,7 @@ struct Consumer : BackwardConsumer<Storage> {
     release_read(smem.dout_empty(stage.index));
     start_dk(ds);
     wgmma_wait<1>(dq);
-    add_dq(dq, walk);
+    add_dq(dq, dq_row(), dq_col(), walk);
     wgmma_wait<0>(dk, ds);
     release_read(smem.q_empty(stage.index));
   }

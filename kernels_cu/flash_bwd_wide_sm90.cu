@@ -89,7 +89,7 @@ struct Consumer : BackwardConsumer<Storage> {
         add_gradients(dq, walk, visible);
         release(smem.dout_empty(stage.index));
         release(smem.q_empty(stage.index));
-        add_dq(dq, walk);
+        add_dq(dq, dq_row(), dq_col(), walk);
         dv_is_due = false;
         return;
       }
@@ -99,7 +99,7 @@ struct Consumer : BackwardConsumer<Storage> {
     start_dq(dq);
     start_dk();
     wgmma_wait<1>(dq);
-    add_dq(dq, walk);
+    add_dq(dq, dq_row(), dq_col(), walk);
     wgmma_wait<0>(dk);
     release_read(smem.q_empty(stage.index));
     dv_is_due = true;

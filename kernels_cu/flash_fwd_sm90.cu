@@ -12,10 +12,14 @@
 // softmax runs beside the other's products. A warpgroup whose rows do not see a tile only releases
 // it.
 //
-// Barriers: full and empty of every stage of K and of V, and of every warpgroup's Q. Empty ones are
-// arrived at by each warp of the consumers, after the wait for the product that read the stage.
-// Partly and fully visible tiles have steps of their own; only partly visible ones pay for the mask
-// and for the search of inf and NaN behind it (hidden.cuh).
+// Barriers: full and empty of every stage of K and of V, and of every warpgroup's Q. K and V of a
+// tile have the same place in one ring; p v is one place behind q kᵀ. Empty ones are arrived at by
+// each warp of the consumers, after the wait for the product that read the stage.
+//
+// A run of fully visible tiles has a loop of its own, whose addresses and descriptors stay in
+// uniform registers: tests/test_sass.py holds the instructions that it issues. Partly visible
+// tiles, and those beside them, take a step that pays for the mask and for the search of inf and
+// NaN behind it (hidden.cuh), which runs beside the next q kᵀ.
 //
 // Shared memory, bytes:  q | kStages x k | kStages x v | out | barriers, each a multiple of 1024
 //   = 2 (kBlockQ D + kStages kBlockKV (D + Dv) + kBlockQ Dv) + barriers
@@ -68,7 +72,7 @@ constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 constexpr bool kRescaleLate = kHeadDimV <= 128;
 // Of q kᵀ, those whose descriptors of q the compiler may keep from tile to tile; beside 256 columns
 // more would be spilled.
-constexpr int kSteps = kHeadDim / 16, kKeptSteps = kHeadDim <= 128 ? kSteps : 4;
+constexpr int kSteps = kHeadDim / 16, kKeptSteps = kHeadDim <= 128 ? kSteps : 6;
 static_assert(kConsumers == 2 || kConsumers == 3, "two or three consumer warpgroups");
 static_assert(kBlockKV % 16 == 0, "kBlockKV must be a multiple of 16");
 static_assert(!kPackGroup, "rows are positions of one query head");
@@ -230,7 +234,7 @@ struct OwnKeyTiles {
   }
   // Whether the tile after a fully visible one is fully visible too.
   DEVICE bool see_all(const KeyTiles& tiles) const {
-    if constexpr (kHasTree) return warp_uniform(tiles.valid() & !tiles.partly_visible());
+    if constexpr (kHasTree) return warp_uniform(tiles.valid() && !tiles.partly_visible());
     return tiles.current >= full.begin;
   }
 };
@@ -301,8 +305,9 @@ struct Consumer {
       // One way back alone: after two, the compiler takes nothing for uniform any more.
 #pragma unroll 1
       for (;;) {
-        // `last` stays what it is, fully visible: nobody asks which tile that was.
-        if (!last.partly) {
+        // `last` stays what it is, fully visible: nobody asks which tile that was. Beside terms a
+        // second body would take registers that they need.
+        if (!kHasTerms && !last.partly) {
 #pragma unroll 1
           for (; own.see_all(tiles); tiles.advance())
             step<false>(mask, last, {tiles.current, false});
@@ -452,9 +457,10 @@ struct Consumer {
     if constexpr (kDropout) dropout.drop(s_acc, places);
   }
 
-  // Once per tile and warpgroup, in a circle; warpgroup 0 begins.
+  // Once per tile and warpgroup, in a circle; warpgroup 0 begins. Without turns its own warps meet:
+  // after a barrier the compiler knows that lanes are together, and uses uniform registers.
   DEVICE void take_turn() const {
-    if (kPingPong) named_barrier_sync(turn, 2 * kWarpgroupThreads);
+    named_barrier_sync(turn, (kPingPong ? 2 : 1) * kWarpgroupThreads);
   }
   DEVICE void pass_turn() const {
     if (kPingPong)

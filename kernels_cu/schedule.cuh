@@ -7,15 +7,13 @@
 struct ListedTiles {
   const int2* entries;  // 2 tile + (partly visible), turn
   int last, index, current;
-  bool partly;
 
   DEVICE ListedTiles(const TileLists& lists, int batch, int head, int tile)
       : entries(lists.entries + batch * lists.batch_stride + head * lists.head_stride +
                 tile * lists.pitch + 1),
         last(entries[-1].x - 1),
-        index(last) {
-    read();
-  }
+        index(last),
+        current(at(last)) {}
 
   DEVICE bool valid() const { return index >= 0; }
   DEVICE bool has_next() const { return index > 0; }
@@ -24,21 +22,13 @@ struct ListedTiles {
   DEVICE int next() const { return at(index - 1); }
   DEVICE int previous() const { return at(index + 1); }
   DEVICE int final() const { return at(0); }
-  DEVICE void advance() {
-    index--;
-    read();
-  }
-  DEVICE bool partly_visible() const { return partly; }
+  DEVICE void advance() { current = at(--index); }
+  DEVICE bool partly_visible() const { return entries[index].x & 1; }
   // How many key tiles add to this query tile before this one.
   DEVICE int turn() const { return entries[index].y; }
 
  private:
   DEVICE int at(int index) const { return index < 0 ? 0 : entries[index].x >> 1; }
-  DEVICE void read() {
-    const int entry = index < 0 ? 0 : entries[index].x;
-    current = entry >> 1;
-    partly = entry & 1;
-  }
 };
 
 // The key tiles of one query tile, from the last to the first, each partly or fully visible.
@@ -106,8 +96,7 @@ struct ListedQueryTiles : ListedTiles {
       : ListedTiles(mask.problem.lists, mask.batch, head, key_tile),
         mask(mask),
         key_tile(key_tile) {}
-  // As BandQueryTiles; by no branch, which would take more instructions.
-  DEVICE bool stay_full() const { return valid() & !partly; }
+  DEVICE bool stay_full() const { return valid() && !partly_visible(); }
   // With the same key tile's list of another head.
   DEVICE void restart(int head) {
     (ListedTiles&)* this = ListedTiles(mask.problem.lists, mask.batch, head, key_tile);
