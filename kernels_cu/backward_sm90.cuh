@@ -172,9 +172,7 @@ DEVICE void keep_turns(const BackwardParams& p, const Work& work, GroupTiles wal
   for (; walk.valid(); walk.advance()) {
     u32* counter =
         p.turns + 1 + workspace_tile(p.problem, work.batch, walk.head, walk.tiles.current);
-    if (lane_id() == 0)
-      while (ld_acquire(counter) != walk.tiles.turn()) {
-      }
+    if (lane_id() == 0) await(counter, walk.tiles.turn());
     __syncwarp();
     named_barrier_arrive(kTurnBarrier, kTurnThreads);
     named_barrier_sync(kAddedBarrier, kTurnThreads);

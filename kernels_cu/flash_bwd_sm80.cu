@@ -156,9 +156,7 @@ DEVICE void query_gradient(QueryGrid::Acc& dq, const ScoreTile& ds_smem, const K
 // Key tiles add to a query tile in turns, lowest first. The counter is thread 0's; barriers carry
 // what it has seen to the other threads, and their additions to it.
 DEVICE void await_turn(const u32* counter, u32 turn) {
-  if (kDeterministic && threadIdx.x == 0)
-    while (ld_acquire(counter) != turn) {
-    }
+  if (kDeterministic && threadIdx.x == 0) await(counter, turn);
   __syncwarp();
 }
 DEVICE void end_turn(u32* counter) {

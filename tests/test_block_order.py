@@ -41,10 +41,7 @@ RACE = "race in global memory"
 MEMORY = "ptx/memory.cuh"
 RELEASE, ACQUIRE = "red.release.gpu", "ld.acquire.gpu"
 SM80 = "flash_bwd_sm80.cu"
-AWAIT_TURN = """  if (kDeterministic && threadIdx.x == 0)
-    while (ld_acquire(counter) != turn) {
-    }
-"""
+AWAIT_TURN = "  if (kDeterministic && threadIdx.x == 0) await(counter, turn);\n"
 TURN_BARRIER = (
     "    if (kDeterministic) __syncthreads();  // it is this tile's turn for every thread\n"
 )

@@ -122,10 +122,7 @@ WIDE_BUGS = {
 
 Q_FULL = "mbarrier_wait(smem.q_full(stage.index), stage.parity);"
 Q_EMPTY = "    mbarrier_wait(smem.q_empty(stage.index), stage.parity ^ 1);\n"
-AWAIT_TURN = """    if (lane_id() == 0)
-      while (ld_acquire(counter) != walk.tiles.turn()) {
-      }
-"""
+AWAIT_TURN = "    if (lane_id() == 0) await(counter, walk.tiles.turn());\n"
 SUMS_ADDED = "    named_barrier_sync(kAddedBarrier, kTurnThreads);\n"
 PASS_TURN = "    if (lane_id() == 0) red_release_add(counter, 1);\n"
 
