@@ -10,15 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 LOG2_E = math.log2(math.e)
-LN_2 = math.log(2)
 
 
-def is_by_key(rows: int, keys: int) -> bool:
-    """Whether the scores of a tile lie in memory key by key, each with those of all rows.
-
-    BLAS is the faster for it, by up to a fifth, where there are more keys than rows.
-    """
-    return keys > rows
+# From so many rows on the scores of a tile lie in memory key by key, each with those of all rows:
+# the largest score of each row takes half the time then.
+ROWS_BY_KEY = 16
 
 
 # Elements of a tile for which memory is kept; malloc has less at hand.
@@ -28,11 +24,11 @@ LEAST_KEPT = 2**14
 class Scratch:
     """Each thread's room for a tile: fresh memory would cost more than the arithmetic on it.
 
-    `size` is that of the scores of the largest tile.
+    `size` is that of the scores of the largest tile; `by_row`: however many rows there are.
     """
 
-    def __init__(self, size: int, dtype: np.dtype) -> None:
-        self.size, self.dtype = size, dtype
+    def __init__(self, size: int, dtype: np.dtype, by_row: bool = False) -> None:
+        self.size, self.dtype, self.by_row = size, dtype, by_row
         self.kept = threading.local() if size >= LEAST_KEPT else None
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -48,30 +44,64 @@ class Scratch:
     def scores(self, name: str, shape: tuple[int, int, int]) -> np.ndarray:
         """The buffer of this name as the scores of a tile, (heads, rows, keys)."""
         heads, rows, keys = shape
-        if is_by_key(rows, keys):
+        if rows >= ROWS_BY_KEY and not self.by_row:
             return transposed(self.array(name, (heads, keys, rows)))
         return self.array(name, shape)
 
 
-def in_units_of_log2(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """x log2(e); a finite number stays finite, as the lowest one that stands for a mask."""
-    scaled = x.astype(dtype, copy=False) * np.asarray(LOG2_E, dtype)
-    overflown = np.isinf(scaled)
-    if overflown.any():
-        largest = np.copysign(np.finfo(dtype).max, scaled)
-        np.copyto(scaled, largest, where=overflown & np.isfinite(x))
-    return scaled
+def row_maxima(scores: np.ndarray) -> np.ndarray:
+    """(heads, rows) of the scores of a tile."""
+    longer = _in_longer_rows(scores, 8)
+    if longer is None:
+        return np.maximum.reduce(scores, axis=-1)
+    heads, rows, _ = scores.shape
+    return np.maximum.reduce(np.maximum.reduce(longer, axis=1).reshape(heads, -1, rows), axis=1)
 
 
-def exp2(x: np.ndarray) -> np.ndarray:
-    """2 to the power of x, in place; 0 where that is no normal number."""
+def subtract_by_row(scores: np.ndarray, x: np.ndarray) -> None:
+    """Subtract (heads, rows) from the scores of a tile, in place."""
+    longer = _in_longer_rows(scores, 16)
+    if longer is None:
+        scores -= x[..., None]
+    else:
+        longer -= np.tile(x, longer.shape[-1] // x.shape[-1])[:, None]
+
+
+def _in_longer_rows(scores: np.ndarray, count: int) -> np.ndarray | None:
+    """(heads, keys / count, count * rows), a view: NumPy's inner loops are short where rows are.
+
+    None where the keys can't be divided so, or the scores do not lie by key.
+    """
+    heads, rows, keys = scores.shape
+    by_key = transposed(scores)
+    if rows < ROWS_BY_KEY or keys % count or not by_key.flags.c_contiguous:
+        return None
+    return by_key.reshape(heads, keys // count, count * rows)
+
+
+def small_scores(dtype: np.dtype) -> float:
+    """Scores of at most this size differ by so little that no exponential of theirs underflows."""
+    return -0.49 * np.finfo(dtype).minexp / LOG2_E
+
+
+def exponentials(x: np.ndarray, unit: float, clips: bool = False) -> np.ndarray:
+    """exp(x / unit) in place, of x that are not positive; 0 where that is no normal number.
+
+    `clips`: what is positive is taken for 0. The unit log2(e) is for differences of small scores.
+    """
+    if unit != 1:
+        return np.exp2(x, out=x)  # twice as fast as exp
     numbers = np.finfo(x.dtype)
-    if np.minimum.reduce(x, axis=None) >= numbers.minexp:
-        return np.exp2(x, out=x)
-    # Where results underflow, NumPy's exp2 is a hundred times slower, and so are products of them.
-    np.maximum(x, numbers.minexp, out=x)
+    lowest = numbers.minexp * (1 - 4 * numbers.eps) / LOG2_E
+    underflows = not np.minimum.reduce(x, axis=None) >= lowest
+    # Where results underflow, exp2 is a hundred times slower, and so are products of them.
+    if underflows or clips:
+        np.clip(x, lowest, 0, out=x)
+    x *= LOG2_E
     np.exp2(x, out=x)
-    np.copyto(x, 0, where=x < 2 * numbers.tiny)
+    if underflows:  # rounds to multiples of 4 * tiny, so that 0 is left of what was clipped
+        x += 4 * numbers.tiny / numbers.eps
+        x -= 4 * numbers.tiny / numbers.eps
     return x
 
 
@@ -85,15 +115,6 @@ class Hidden(NamedTuple):
     def array(self, shape: tuple[int, int, int]) -> np.ndarray:
         """All pairs of a tile of this shape, True where hidden."""
         return hide(np.zeros(shape, bool), self, True)
-
-    def whole_rows(self, shape: tuple[int, int, int]) -> np.ndarray:
-        """(heads, group * rows) of a tile of this shape, True where a row sees none of the keys."""
-        if sum(columns.stop - columns.start for columns, _ in self.parts) < shape[-1]:
-            return np.zeros(shape[:-1], bool)
-        by_head = np.ones((shape[0], self.group, shape[1] // self.group), bool)
-        for _, limit in self.parts:
-            by_head &= (limit == 0).all(axis=-1)
-        return by_head.reshape(shape[:-1])
 
 
 def limit_of(hidden: np.ndarray, dtype: np.dtype, by_key: bool) -> np.ndarray:
@@ -112,6 +133,12 @@ def hide(x: np.ndarray, hidden: Hidden | None, value: float) -> np.ndarray:
     for some, limit in _hidden_parts(x, hidden):
         np.copyto(some, value, where=limit == 0)
     return x
+
+
+def lower(x: np.ndarray, hidden: Hidden | None, to: float) -> None:
+    """`hide` by a number below all that is seen, or that is NaN, in place."""
+    for some, limit in _hidden_parts(x, hidden):
+        np.fmin(some, limit + to, out=some)
 
 
 def hide_exponentials(x: np.ndarray, hidden: Hidden | None) -> np.ndarray:

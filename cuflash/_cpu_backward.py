@@ -1,10 +1,13 @@
 """The gradients of attention on NumPy arrays.
 
-The probabilities are computed again, relative to lse. A column that rides along with each operand
-spares two passes:
+The exponentials are computed again, relative to the row's largest score; its sum of exponentials
+divides dout and delta beforehand. A column that rides along with each operand spares two passes:
 
-    [q * scale, -lse] @ [k, 1]ᵀ = scores - lse       the probabilities' logarithm
-    [dout, -delta] @ [v, 1]ᵀ    = dprobs - delta     the gradient of the scores / probabilities
+    [q * scale, -largest] @ [k, 1]ᵀ = scores - largest   the exponentials' logarithm
+    [dout, -delta] @ [v, 1]ᵀ        = dprobs - delta     the gradient of the scores / exponentials
+
+The first does so only where all these numbers are small. Else largest is subtracted from scores
+that are the forward's to the bit: nothing is left of what all scores of a row have in common.
 
 Without a mask a task has some of the keys of an item, to all of whose rows it adds; with one it has
 some of the rows, each of which reads keys of its own choice.
@@ -22,15 +25,15 @@ import numpy as np
 
 from cuflash import _terms
 from cuflash._arrays import (
-    LN_2,
     drop,
     empty_like,
-    exp2,
+    exponentials,
     hide,
     hide_exponentials,
-    in_units_of_log2,
     packed,
     product,
+    small_scores,
+    subtract_by_row,
     transposed,
 )
 from cuflash._key_gradients import KeyGradients
@@ -105,7 +108,7 @@ def _differentiate(item: Item, sums: GradientSums, split: int) -> None:
             dqueries[index] += of_query
             dkey[part] += of_key
             dvalue[part] += of_value
-        np.multiply(dkey, LN_2, out=sums.dk[item.key_index][:, keys], casting="same_kind")
+        np.multiply(dkey, 1 / item.unit, out=sums.dk[item.key_index][:, keys], casting="same_kind")
         sums.dv[item.key_index][:, keys] = dvalue
     for block, dquery in zip(row_blocks, dqueries, strict=True):
         sums.write_dq(item, block.rows, split, dquery)
@@ -128,13 +131,13 @@ def _differentiate_masked(item: Item, sums: GradientSums, split: int) -> None:
 def _gradients_of(
     tile: Tile, block: _RowBlock, sums: GradientSums, split: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a tile adds to dq / scale, dk / ln 2 and dv; it adds to dbias itself."""
+    """What a tile adds to dq / scale, dk times its unit, and dv; it adds to dbias itself."""
     hidden = tile.hidden
-    probs, dscores, slope = block.differentiate_softmax(tile.item.work, tile)
+    weights, dscores, slope = block.differentiate_softmax(tile.item.work, tile)
     sums.add_bias(tile, split, dscores)
     if slope is not None:
         dscores *= slope
-    dvalue = product(probs, block.dout[..., :-1], hidden, by_key=True)
+    dvalue = product(weights, block.dout[..., :-1], hidden, by_key=True)
     dkey = product(dscores, block.query[..., :-1], hidden, by_key=True)
     return product(dscores, block.without_ones(tile.key), hidden), dkey, dvalue
 
@@ -144,8 +147,9 @@ class _RowBlock:
     """A tile of rows in the backward pass."""
 
     rows: slice
-    query: np.ndarray  # (heads, group * rows, D + 1), scaled, the last column -lse
-    dout: np.ndarray  # (heads, group * rows, Dv + 1), the last column -delta, without dropout
+    query: np.ndarray  # (heads, group * rows, D + 1), scaled, in the item's unit; then -largest
+    dout: np.ndarray  # (heads, group * rows, Dv + 1), without dropout; then -delta; both over sum
+    rides: bool  # whether scores - largest is one product
 
     @classmethod
     def load(
@@ -160,8 +164,13 @@ class _RowBlock:
         def some(x: np.ndarray) -> np.ndarray:
             return x[item.index][:, :, rows]
 
+        largest, total = (some(work.rows_by_key_head(x)) for x in sums.stats)
+        seen = total != 0
+        largest = np.where(seen, largest, 0)
+        share = np.where(seen, 1 / total, 0)[..., None]  # a row that has seen nothing gives nothing
         query = item.query(rows, columns=1, room=query_room)
-        query[..., -1] = some(sums.negative_lse).reshape(query.shape[:2])
+        query[..., -1] = (-item.unit * largest).reshape(query.shape[:2])
+        rides = item.unit != 1 and bool(np.abs(largest).max() <= small_scores(work.dtype))
         out, dout = (
             some(work.by_key_head(x)).astype(work.dtype, copy=False)
             for x in (gradient.out, gradient.dout)
@@ -170,33 +179,39 @@ class _RowBlock:
         if gradient.dlse is not None:
             delta -= some(work.rows_by_key_head(gradient.dlse))
         # Dropout multiplies what it keeps: dprobs and dvalue get that from here.
-        rate = work.problem.dropout
-        factor = 1 / (1 - rate) if rate else None
+        factor = share / (1 - work.problem.dropout)
         dout = packed(dout, work.dtype, columns=1, factor=factor, room=dout_room)
-        dout[..., -1] = -delta.reshape(dout.shape[:2])
-        return cls(rows, query, dout)
+        dout[..., -1] = -(delta * share[..., 0]).reshape(dout.shape[:2])
+        return cls(rows, query, dout, rides)
 
     def differentiate_softmax(
         self, work: Work, tile: Tile
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Kept probabilities, the gradient of the scores, and their slope by scale q kᵀ."""
+        """Kept exponentials, the gradient of the scores, and their slope by scale q kᵀ."""
         shape = (*self.query.shape[:2], tile.key.shape[1])
         slope = None
-        if work.softcap or work.problem.score_mod is not None:
+        if work.problem.softcap or work.problem.score_mod is not None:
             slope = work.scratch.scores("slope", shape)
-        if slope is None:
+        if self.rides and slope is None:
             scores = _terms.scores(tile, self.query, tile.key)
         else:
             key = self.without_ones(tile.key)
             scores = _terms.scores(tile, self.query[..., :-1], key, slope)
-            scores += self.query[..., -1:]
-        probs, taken = hide_exponentials(exp2(scores), tile.hidden), _terms.dropped(tile)
+            subtract_by_row(scores, -self.query[..., -1])
+        unit = tile.item.unit
+        if not self.rides and unit != 1:
+            scores /= unit
+            unit = 1.0
+        # Scores may be a rounding larger than the forward's, and so than the largest.
+        weights = exponentials(scores, unit, clips=not self.rides)
+        hide_exponentials(weights, tile.hidden)
+        taken = _terms.dropped(tile)
         dscores = work.scratch.scores("dscores", shape)
         np.matmul(self.dout, transposed(tile.value), out=dscores)
         drop(dscores, taken, self.dout[..., -1:])
-        dscores *= probs  # 0 where hidden, or not finite, which `product` sees to
-        drop(probs, taken, 0)
-        return probs, dscores, slope
+        dscores *= weights  # 0 where hidden, or not finite, which `product` sees to
+        drop(weights, taken, 0)
+        return weights, dscores, slope
 
     def without_ones(self, key: np.ndarray) -> np.ndarray:
         """A tile's key less its column of 1."""
@@ -218,10 +233,9 @@ class GradientSums:
         problem = work.problem
         self.work, self.gradient = work, gradient
         self.loaded: dict[tuple[int, int, int], list[_RowBlock]] = {}  # where splits share rows
-        # A row that has seen nothing gets the probability exp(score - inf) = 0 everywhere.
-        seen = np.where(gradient.lse == -np.inf, np.inf, gradient.lse)
-        with np.errstate(all="ignore"):
-            self.negative_lse = work.rows_by_key_head(-in_units_of_log2(seen, work.dtype))
+        self.stats = gradient.stats
+        if self.stats is None:
+            self.stats = (gradient.lse, (gradient.lse != -np.inf).astype(work.dtype))
         inputs = (problem.q, problem.k, problem.v)
         self.all_dq, self.all_dk, self.all_dv = into or map(empty_like, inputs)
         masked = work.mask is not None
@@ -275,8 +289,8 @@ class GradientSums:
         if item.sinks is None:
             return
         shape = (*item.sinks.shape[:2], -1)
-        probs = exp2(block.query[..., -1].reshape(shape) + item.sinks)
-        dsinks = probs * block.dout[..., -1].reshape(shape)
+        fall = block.query[..., -1].reshape(shape) / item.unit + item.sinks
+        dsinks = np.exp(np.minimum(fall, 0)) * block.dout[..., -1].reshape(shape)
         self.dsinks_by_split[split][item.index] += dsinks.sum(axis=-1)
 
     def add_bias(self, tile: Tile, split: int, dscores: np.ndarray) -> None:

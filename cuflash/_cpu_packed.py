@@ -15,7 +15,7 @@ from cuflash._problem import Gradients, Problem, Result
 from cuflash._short_sequences import Batch, by_token, divide
 from cuflash._threads import for_each
 from cuflash._work import Work
-from cuflash.cpu import attend, attend_to, stats_of, tasks_of
+from cuflash.cpu import attend, attend_to, empty_result, tasks_of
 
 
 def forward(problem: PackedProblem, wants_stats: bool = False) -> Result:
@@ -23,35 +23,43 @@ def forward(problem: PackedProblem, wants_stats: bool = False) -> Result:
     out = problem.out
     if out is None:
         out = empty_like(problem.q[None], problem.v.shape[2])[0]
-    lse = np.full(problem.lse_shape, -np.inf, problem.lse_dtype)
-    if not lse.size:
-        return Result(out, lse, stats_of(lse) if wants_stats else None)
+    result = empty_result(out, problem.lse_shape, problem.lse_dtype, wants_stats)
+    if not result.lse.size:
+        return result
     out[int(problem.cu_seqlens_q[-1]) :] = 0
     alone, batches = divide(problem)
     parts = []
     for sequence, work in _works(problem, alone, splits_rows=True).items():
-        rows = problem.rows(sequence)
-        parts.append((work, out[None, rows], lse[None, :, rows]))
+        parts.append((work, _of_rows(result, problem.rows(sequence))))
     attend(parts)
 
     def run(batch: Batch) -> None:
         with np.errstate(all="ignore"):
-            _attend_to_batch(problem, batch, out, lse)
+            _attend_to_batch(problem, batch, result)
 
     for_each(run, sorted(batches, key=lambda batch: -batch.scores))
-    return Result(out, lse, stats_of(lse) if wants_stats else None)
+    return result
 
 
-def _attend_to_batch(
-    problem: PackedProblem, batch: Batch, out: np.ndarray, lse: np.ndarray
-) -> None:
+def _of_rows(result: Result, rows: slice) -> Result:
+    """Those of one sequence, as of a batch of one; views."""
+    out, lse, stats = result
+    of_rows = None if stats is None else stats[:, None, :, rows]
+    return Result(out[None, rows], lse[None, :, rows], of_rows)
+
+
+def _attend_to_batch(problem: PackedProblem, batch: Batch, result: Result) -> None:
     work = batch.work(problem, splits_rows=True)
-    some_out = empty_like(work.problem.q, work.problem.head_dim_v)
-    some_lse = np.full(work.problem.lse_shape, -np.inf, work.dtype)
-    for task in tasks_of(work, some_out, some_lse):
+    dense, wants_stats = work.problem, result.stats is not None
+    out = empty_like(dense.q, dense.head_dim_v)
+    some = empty_result(out, dense.lse_shape, work.dtype, wants_stats)
+    for task in tasks_of(work, some):
         attend_to(*task)
-    batch.queries.scatter(some_out[0], out)
-    batch.queries.scatter(by_token(some_lse[0]), by_token(lse))
+    batch.queries.scatter(some.out[0], result.out)
+    batch.queries.scatter(by_token(some.lse[0]), by_token(result.lse))
+    if wants_stats:
+        for x, into in zip(some.stats, result.stats, strict=True):
+            batch.queries.scatter(by_token(x[0]), by_token(into))
 
 
 def backward(gradient: PackedGradientProblem) -> Gradients:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._arrays import LN_2
 from cuflash._work import Item, Work, split_rows
 
 
@@ -50,7 +49,7 @@ class KeyGradients:
     def add(
         self, item: Item, split: int, keys: slice, dkey: np.ndarray, dvalue: np.ndarray
     ) -> None:
-        """Add to dk / ln 2 and dv of some keys: (heads, keys, D) and (heads, keys, Dv)."""
+        """Add to dk, times the item's unit, and dv of some keys: (heads, keys, D or Dv)."""
         part, place = self.parts[item.start[:2]][split], (*item.start[:2], split)
         if place in self.untouched:
             self.untouched.remove(place)
@@ -65,7 +64,7 @@ class KeyGradients:
         by_split = self.parts.get(item.start[:2], {})
         touched = [x for x in sorted(by_split) if (*item.start[:2], x) not in self.untouched]
         parts = [by_split[split] for split in touched]
-        for target, name, factor in ((dk, "dkey", LN_2), (dv, "dvalue", 1)):
+        for target, name, factor in ((dk, "dkey", 1 / item.unit), (dv, "dvalue", 1)):
             total = target
             if target.dtype != self.work.dtype:
                 total = np.empty(target.shape, self.work.dtype)
@@ -78,7 +77,7 @@ class _Part(NamedTuple):
     """What one split adds to some heads."""
 
     keys: slice
-    dkey: np.ndarray  # (heads, keys, D), dk / ln 2
+    dkey: np.ndarray  # (heads, keys, D), dk times the item's unit
     dvalue: np.ndarray  # (heads, keys, Dv)
 
 

@@ -168,18 +168,21 @@ class Batch:
     def gradient(self, gradient: PackedGradientProblem, dense: Problem) -> GradientProblem:
         """The gradient's part of the batch; dense: the problem of its work."""
         dout, out = map(self.queries.gather, (gradient.dout, gradient.out))
-        dlse = gradient.dlse
+        dlse, stats = gradient.dlse, gradient.stats
         return GradientProblem(
             forward=dense,
             dout=dout,
             out=out,
             # What is missing is a row that has seen nothing.
-            lse=self.queries.gather(by_token(gradient.lse), -np.inf)[..., 0].swapaxes(1, 2),
-            dlse=None
-            if dlse is None
-            else self.queries.gather(by_token(dlse))[..., 0].swapaxes(1, 2),
+            lse=self._rows(gradient.lse, -np.inf),
+            dlse=None if dlse is None else self._rows(dlse),
             deterministic=gradient.deterministic,
+            stats=None if stats is None else np.stack([self._rows(x) for x in stats]),
         )
+
+    def _rows(self, x: np.ndarray, padding: float = 0.0) -> np.ndarray:
+        """Of (heads, T) those of its queries, as of a dense problem: (1, heads, longest)."""
+        return self.queries.gather(by_token(x), padding)[..., 0].swapaxes(1, 2)
 
 
 def by_token(x: np.ndarray) -> np.ndarray:

@@ -6,24 +6,25 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cuflash import _random
-from cuflash._arrays import LN_2, in_units_of_log2, transposed
+from cuflash._arrays import transposed
 from cuflash._work import Tile
 
 
 def scores(
     tile: Tile, query: np.ndarray, key: np.ndarray, slope: np.ndarray | None = None
 ) -> np.ndarray:
-    """(heads, group * rows, keys), in units of log 2; and their slope by scale q kᵀ."""
+    """(heads, group * rows, keys), in the item's unit; and their slope by scale q kᵀ."""
     work = tile.item.work
+    softcap = work.problem.softcap * tile.item.unit
     result = work.scratch.scores("scores", (*query.shape[:2], key.shape[1]))
     np.matmul(query, transposed(key), out=result)
-    if work.softcap:
-        result /= work.softcap
+    if softcap:
+        result /= softcap
         np.tanh(result, out=result)
         if slope is not None:
             np.multiply(result, result, out=slope)
             np.subtract(1, slope, out=slope)
-        result *= work.softcap
+        result *= softcap
     elif slope is not None:
         slope[...] = 1
     if work.problem.score_mod is not None:
@@ -33,14 +34,14 @@ def scores(
 
 
 def _add(tile: Tile, scores: np.ndarray) -> None:
-    """Add ALiBi and bias to the scores, in units of log 2, in place."""
+    """Add ALiBi and bias to the scores, in place."""
     work, rows = tile.item.work, tile.rows.stop - tile.rows.start
     by_head = scores.reshape(scores.shape[0], tile.item.group, rows, -1)
     if work.slopes is not None:
         for columns, keys in tile.columns:
             by_head[..., columns] += _alibi(tile, keys)
     if work.bias is not None:
-        by_head += in_units_of_log2(tile.bias, work.dtype)
+        by_head += tile.bias.astype(work.dtype, copy=False)
 
 
 def _alibi(tile: Tile, keys: slice) -> np.ndarray:
@@ -62,20 +63,15 @@ def _alibi(tile: Tile, keys: slice) -> np.ndarray:
 
 
 def _modify(tile: Tile, scores: np.ndarray, slope: np.ndarray | None) -> None:
-    """Apply the user's function to the scores, and its derivative to the slope, in place.
-
-    Scores are in units of log 2 before and after, and in natural units to the user.
-    """
-    work, score_mod = tile.item.work, tile.item.work.problem.score_mod
+    """Apply the user's function to the scores, and its derivative to the slope, in place."""
+    score_mod = tile.item.work.problem.score_mod
     b, h, i, j = tile.places()
     place = (b.reshape(-1, 1, 1, 1), h.reshape(1, -1, 1, 1), i[:, None], j)
     shape = (b.size, h.size, i.size, j.size)
-    scores *= LN_2
-    natural = scores.reshape(shape)
+    found = scores.reshape(shape)
     if slope is not None:
-        slope *= score_mod.differentiate(natural, *place).reshape(scores.shape)
-    modified = score_mod.evaluate(natural, *place).reshape(scores.shape)
-    scores[...] = in_units_of_log2(modified, work.dtype)
+        slope *= score_mod.differentiate(found, *place).reshape(scores.shape)
+    scores[...] = score_mod.evaluate(found, *place).reshape(scores.shape)
 
 
 def dropped(tile: Tile) -> np.ndarray | None:

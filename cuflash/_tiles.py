@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._arrays import is_by_key, limit_of
+from cuflash._arrays import limit_of
 from cuflash._problem import Problem
 
 
@@ -53,13 +53,14 @@ class Band(NamedTuple):
         stop = self.rows if self.first is None else min(self.rows, keys.stop - self.first)
         return slice(start, stop)
 
-    def limit(self, rows: slice, keys: slice, dtype: np.dtype) -> np.ndarray | None:
+    def limit(
+        self, rows: slice, keys: slice, dtype: np.dtype, by_key: bool = True
+    ) -> np.ndarray | None:
         """(rows, keys) or (heads, 1, rows, keys), as of `limit_of`; None if all is seen."""
         if self.hidden is not None:
-            hidden = self.hidden[..., rows, keys]
-            return limit_of(hidden, dtype, is_by_key(*hidden.shape[2:]))
+            return limit_of(self.hidden[..., rows, keys], dtype, by_key)
         edges = _edges(rows, keys, self.first, self.last)
-        return None if edges is None else _limit(edges, dtype)
+        return None if edges is None else _limit(edges, dtype, by_key)
 
 
 def hidden_by_band(
@@ -99,8 +100,8 @@ def _outside(shape: tuple[int, int], first: int | None, last: int | None) -> np.
 
 
 @lru_cache(maxsize=8)
-def _limit(edges: Edges, dtype: np.dtype) -> np.ndarray:
-    return limit_of(_outside(*edges), dtype, is_by_key(*edges[0]))
+def _limit(edges: Edges, dtype: np.dtype, by_key: bool) -> np.ndarray:
+    return limit_of(_outside(*edges), dtype, by_key)
 
 
 def visible_tiles(

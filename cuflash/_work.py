@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuflash._arrays import LOG2_E, Hidden, Scratch, in_units_of_log2, limit_of, packed
+from cuflash._arrays import LOG2_E, Hidden, Scratch, limit_of, packed, small_scores
 from cuflash._mask_blocks import ALL, NOTHING, Area, BlockMask
 from cuflash._problem import Problem
 from cuflash._threads import for_each
@@ -44,6 +44,9 @@ LEAST_SCORES = 2**16
 SMALL_PRODUCT = 2**18
 SMALLEST_SIZE = 32
 
+# Of fewer scores than this it is not worth while to find out beforehand how large they are.
+LEAST_SCORES_BOUNDED = 2**14
+
 
 class Work:
     """A problem's arrays by key head, and how they are cut.
@@ -68,24 +71,23 @@ class Work:
         self.many_tasks = max(1, math.ceil(many_tasks))
         self.dtype = problem.lse_dtype
         self.group = problem.group
-        self.scale = problem.scale * LOG2_E
-        self.softcap = problem.softcap * LOG2_E
         self.q = self.by_key_head(problem.q)
         self.k, self.v = (self.by_key_head(x, 1) for x in (problem.k, problem.v))
         self.bias = problem.bias
         if problem.bias is not None:
             bias = np.broadcast_to(problem.bias, problem.sizes.scores_shape)
             self.bias = self.scores_by_key_head(bias)
-        self.slopes = self.sinks = None  # (B, Hk, group, 1, 1) and (Hk, group, 1), units of log 2
+        # Scores lie in memory as the bias that is added to them, if it is not one for all rows.
+        self.by_row = problem.bias is not None and self.bias_shape[2] > 1
+        self.slopes = self.sinks = None  # (B, Hk, group, 1, 1) and (Hk, group, 1)
         if problem.alibi_slopes is not None:
             slopes = np.broadcast_to(problem.alibi_slopes, (problem.batch, problem.heads_q))
             by_head = (problem.batch, problem.heads_k, self.group, 1, 1)
-            with np.errstate(all="ignore"):
-                self.slopes = in_units_of_log2(slopes, self.dtype).reshape(by_head)
+            self.slopes = slopes.astype(self.dtype, copy=False).reshape(by_head)
         if problem.sinks is not None:
             by_head = (problem.heads_k, self.group, 1)
-            with np.errstate(all="ignore"):
-                self.sinks = in_units_of_log2(problem.sinks, self.dtype).reshape(by_head)
+            self.sinks = problem.sinks.astype(self.dtype, copy=False).reshape(by_head)
+        self.units: dict[tuple[int, int], float] = {}  # of items, as they are found
         self.bands = [band] if band else [Band.of(problem, b) for b in range(problem.batch)]
         self.mask = None
         if problem.mask is None or not problem.seqlen_k:
@@ -95,10 +97,11 @@ class Work:
             self.kept_runs: dict[tuple[int, ...], list[Run]] = {}
             self._cut_by_mask(splits_rows)
             # Each tile of rows reads keys of its own choice: they are converted once, before.
+            self.k = _with_ones(self.k, self.dtype)
             if splits_rows:
-                self.k, self.v = (x.astype(self.dtype, copy=False) for x in (self.k, self.v))
+                self.v = self.v.astype(self.dtype, copy=False)
             else:
-                self.k, self.v = (_with_ones(x, self.dtype) for x in (self.k, self.v))
+                self.v = _with_ones(self.v, self.dtype)
 
     def _cut(self, splits_rows: bool) -> None:
         """Choose the sizes of tiles and tasks."""
@@ -109,7 +112,7 @@ class Work:
         self.members = self.group
         self.tile_heads, self.tile_rows, self.tile_keys, self.tiles_of_task = cut
         tile_size = self.group * self.tile_rows * self.tile_keys
-        self.scratch = Scratch(self.tile_heads * tile_size, self.dtype)
+        self.scratch = Scratch(self.tile_heads * tile_size, self.dtype, self.by_row)
         self.ones = _ones(self.tile_keys, self.dtype)
 
     def _cut_by_mask(self, splits_rows: bool) -> None:
@@ -138,7 +141,7 @@ class Work:
         self.tiles_of_task = max(1, tiles // max(1, problem.batch) // tasks_of_item)
         rows = heads * min(problem.seqlen_q, self.most_rows * rows)
         keys = min(problem.seqlen_k, self.most_keys * keys)
-        self.scratch = Scratch(rows * keys, self.dtype)
+        self.scratch = Scratch(rows * keys, self.dtype, self.by_row)
         self.ones = np.ones(keys, self.dtype)
 
     def _heads_without_overlap(self, most: int, items: int) -> int:
@@ -265,13 +268,13 @@ class Run(NamedTuple):
 class Tile(NamedTuple):
     """Some rows of an item and keys that they see, which need not lie side by side.
 
-    The backward's key and value have a column of 1 at the end.
+    The key has a column of 1 at the end, in the backward the value too.
     """
 
     item: Item
     rows: slice
     runs: tuple[Run, ...]
-    key: np.ndarray  # (heads, keys, D) or (heads, keys, D + 1)
+    key: np.ndarray  # (heads, keys, D + 1)
     value: np.ndarray  # (heads, keys, Dv) or (heads, keys, Dv + 1)
 
     @property
@@ -346,7 +349,7 @@ class Item(NamedTuple):
 
     @property
     def sinks(self) -> np.ndarray | None:
-        """(heads, group, 1), in units of log 2."""
+        """(heads, group, 1)."""
         return None if self.work.sinks is None else self.work.sinks[self.heads, self.members]
 
     @property
@@ -385,9 +388,38 @@ class Item(NamedTuple):
         columns: int = 0,
         room: Callable[[tuple[int, ...]], np.ndarray] | None = None,
     ) -> np.ndarray:
-        """(heads, group * rows, D + columns), scaled; room as of `packed`."""
+        """(heads, group * rows, D + columns), scaled, in the item's unit; room as of `packed`."""
         work = self.work
-        return packed(work.q[(*self.index, rows)], work.dtype, columns, work.scale, room)
+        factor = work.problem.scale * self.unit
+        return packed(work.q[(*self.index, rows)], work.dtype, columns, factor, room)
+
+    @property
+    def unit(self) -> float:
+        """What scores are multiplied by: log2(e) where all are known to be small, else 1."""
+        place = self.start[:2]
+        if place not in self.work.units:
+            self.work.units[place] = LOG2_E if self._has_small_scores() else 1.0
+        return self.work.units[place]
+
+    def _has_small_scores(self) -> bool:
+        """Whether no score can be large, by the norms of the heads' queries and keys."""
+        work, problem, band = self.work, self.work.problem, self.band
+        heads = (self.heads.stop - self.heads.start) * work.group
+        added = (problem.bias, problem.alibi_slopes, problem.score_mod)
+        if (
+            any(x is not None for x in added)
+            or heads * band.rows * band.keys < LEAST_SCORES_BOUNDED
+        ):
+            return False
+        sizes = [abs(problem.scale)]
+        for x, length in ((work.q, band.rows), (work.k, band.keys)):
+            some = x[self.batch, self.heads, :, :length, : problem.head_dim]
+            some = some.astype(work.dtype, copy=False)
+            sizes.append(math.sqrt(np.vecdot(some, some).max()))
+        bound = math.prod(sizes)
+        if problem.softcap:
+            bound = min(bound, problem.softcap)
+        return bound <= small_scores(work.dtype)
 
     def keys_and_values(self, keys: slice) -> tuple[np.ndarray, np.ndarray]:
         """(heads, keys, D) and (heads, keys, Dv)."""
@@ -398,7 +430,8 @@ class Item(NamedTuple):
     def tiles(self, rows: slice, keys: slice, key: np.ndarray, value: np.ndarray) -> Iterator[Tile]:
         """What some rows see of some keys, without a mask; key and value: of these keys."""
         for tile_rows, seen in visible_tiles(self.band, rows, keys, self.work.tile_rows):
-            run = Run(seen, self.band.limit(tile_rows, seen, self.work.dtype))
+            limit = self.band.limit(tile_rows, seen, self.work.dtype, not self.work.by_row)
+            run = Run(seen, limit)
             part = slice(seen.start - keys.start, seen.stop - keys.start)
             yield Tile(self, tile_rows, (run,), key[:, part], value[:, part])
 
@@ -454,8 +487,9 @@ class Item(NamedTuple):
         for columns in stretches:
             hidden = ~visible[..., columns]
             some = slice(keys.start + columns.start, keys.start + columns.stop)
-            # Most tiles that it will be part of have more keys than rows.
-            limit = limit_of(hidden, self.work.dtype, by_key=True) if hidden.any() else None
+            limit = (
+                limit_of(hidden, self.work.dtype, not self.work.by_row) if hidden.any() else None
+            )
             yield Run(some, limit)
 
 
