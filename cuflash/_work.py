@@ -80,13 +80,14 @@ class Work:
         # Scores lie in memory as the bias that is added to them, if it is not one for all rows.
         self.by_row = problem.bias is not None and self.bias_shape[2] > 1
         self.slopes = self.sinks = None  # (B, Hk, group, 1, 1) and (Hk, group, 1)
-        if problem.alibi_slopes is not None:
-            slopes = np.broadcast_to(problem.alibi_slopes, (problem.batch, problem.heads_q))
-            by_head = (problem.batch, problem.heads_k, self.group, 1, 1)
-            self.slopes = slopes.astype(self.dtype, copy=False).reshape(by_head)
-        if problem.sinks is not None:
-            by_head = (problem.heads_k, self.group, 1)
-            self.sinks = problem.sinks.astype(self.dtype, copy=False).reshape(by_head)
+        with np.errstate(all="ignore"):
+            if problem.alibi_slopes is not None:
+                slopes = problem.alibi_slopes.astype(self.dtype, copy=False)
+                slopes = np.broadcast_to(slopes, (problem.batch, problem.heads_q))
+                self.slopes = slopes.reshape(problem.batch, problem.heads_k, self.group, 1, 1)
+            if problem.sinks is not None:
+                sinks = problem.sinks.astype(self.dtype, copy=False)
+                self.sinks = sinks.reshape(problem.heads_k, self.group, 1)
         self.units: dict[tuple[int, int], float] = {}  # of items, as they are found
         self.bands = [band] if band else [Band.of(problem, b) for b in range(problem.batch)]
         self.mask = None

@@ -79,7 +79,7 @@ def attention(
     q = _heads_first(q, q_lens)
     k, v = (_heads_first(x, kv_lens, group) for x in (k, v))
     scores, _ = _scores(q, k, _scale(scale, q), softcap, score_mod, added)
-    probs, lse = _softmax(scores, visible, _sink_scores(sinks, q, q_lens))
+    probs, lse, _ = _softmax(scores, visible, _sink_scores(sinks, q, q_lens))
     probs = probs * _kept(probs.shape, dropout, seed)
     return _sum_over_visible(probs, v, visible).swapaxes(1, 2), lse
 
@@ -137,8 +137,7 @@ def attention_backward(
     q, dout = _heads_first(q, q_lens), _heads_first(dout, q_lens)
     k, v = (_heads_first(x, kv_lens, group) for x in (k, v))
     scores, slope = _scores(q, k, scale, softcap, score_mod, added, differentiate=True)
-    sink_scores = _sink_scores(sinks, q, q_lens)
-    probs, lse = _softmax(scores, visible, sink_scores)
+    probs, _, sink_probs = _softmax(scores, visible, _sink_scores(sinks, q, q_lens))
     kept = _kept(probs.shape, dropout, seed)
 
     with np.errstate(invalid="ignore", over="ignore"):
@@ -159,7 +158,7 @@ def attention_backward(
             dk=_sum_groups(dk, group).swapaxes(1, 2),
             dv=_sum_groups(dv, group).swapaxes(1, 2),
             dbias=None if bias is None else _sum_to_shape(dscores, bias.shape),
-            dsinks=None if sinks is None else _dsinks(sink_scores, lse, means).sum(axis=(0, 1, 2)),
+            dsinks=None if sinks is None else _dsinks(sink_probs, means).sum(axis=(0, 1, 2)),
         )
 
 
@@ -313,8 +312,8 @@ def _sink_scores(sinks: np.ndarray | None, q: np.ndarray, q_lens: np.ndarray | N
 
 def _softmax(
     scores: np.ndarray, visible: np.ndarray, sinks: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of the visible keys, and lse, which counts the sink.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities of the visible keys, lse, which counts the sink, and the sink's probability.
 
     A row that sees no key has probabilities of 0; without a sink its lse is -inf.
     """
@@ -323,9 +322,11 @@ def _softmax(
     top[top == -np.inf] = 0  # nothing to see, or only scores of -inf
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         weights = np.where(visible, np.exp(scores - top), 0)
-        total = weights.sum(axis=3, keepdims=True) + np.exp(sinks - top)
+        sink_weights = np.exp(sinks - top)
+        total = weights.sum(axis=3, keepdims=True) + sink_weights
         lse = top + np.log(total)
-        return np.where(visible & (total != 0), weights / total, 0), lse[..., 0]
+        probs, sink_probs = (np.where(total != 0, x / total, 0) for x in (weights, sink_weights))
+        return np.where(visible, probs, 0), lse[..., 0], sink_probs
 
 
 def _kept(shape: tuple[int, ...], dropout: float, seed: int | None) -> np.ndarray | float:
@@ -335,11 +336,10 @@ def _kept(shape: tuple[int, ...], dropout: float, seed: int | None) -> np.ndarra
     return np.where(dropped(dropout, seed, *map(np.arange, shape)), 0, 1 / (1 - dropout))
 
 
-def _dsinks(sink_scores: np.ndarray, lse: np.ndarray, means: np.ndarray) -> np.ndarray:
+def _dsinks(sink_probs: np.ndarray, means: np.ndarray) -> np.ndarray:
     """Of each row, (B, 1, Sq, Hq): a sink is one more column of the scores, whose dprobs are 0."""
     with np.errstate(invalid="ignore"):
-        probs = np.exp(sink_scores - lse[..., None])
-        return np.where(sink_scores != -np.inf, -probs * means, 0).swapaxes(1, 3)
+        return np.where(sink_probs != 0, -sink_probs * means, 0).swapaxes(1, 3)
 
 
 def _sum_over_visible(weights: np.ndarray, values: np.ndarray, visible: np.ndarray) -> np.ndarray:

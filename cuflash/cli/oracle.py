@@ -91,7 +91,7 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
         q, k, scale, given("softcap"), given("score_mod"), added, differentiate=True
     )
     sink_scores = reference._sink_scores(sinks, q, given("q_lens"))
-    probs, lse = reference._softmax(rounded(scores), visible, sink_scores)
+    probs, _, sink_probs = reference._softmax(rounded(scores), visible, sink_scores)
     probs = rounded(probs)
     kept = reference._kept(probs.shape, given("dropout", 0.0), given("seed"))
     out = rounded(kept * probs @ v)
@@ -109,7 +109,7 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
             1, 2
         ),
         dbias=None if bias is None else rounded(dscores),
-        dsinks=None if sinks is None else reference._dsinks(sink_scores, lse, means),
+        dsinks=None if sinks is None else reference._dsinks(sink_probs, means),
     )
     return out.swapaxes(1, 2), gradients
 
