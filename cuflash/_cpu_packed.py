@@ -10,12 +10,12 @@ import numpy as np
 
 from cuflash._arrays import Scratch, empty_like
 from cuflash._cpu_backward import GradientSums, differentiate, differentiate_item
+from cuflash._cpu_forward import attend, attend_to, empty_result, tasks_of
 from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import Gradients, Problem, Result
 from cuflash._short_sequences import Batch, by_token, divide
 from cuflash._threads import for_each
 from cuflash._work import Work
-from cuflash.cpu import attend, attend_to, empty_result, tasks_of
 
 
 def forward(problem: PackedProblem, wants_stats: bool = False) -> Result:

@@ -17,7 +17,7 @@ import pytest
 import threadpoolctl
 
 import cuflash
-from cuflash import _terms, _threads, _work, cpu, masks, reference
+from cuflash import _cpu_forward, _cpu_short, _terms, _threads, _work, cpu, masks, reference
 from cuflash._cpu_backward import GradientSums
 from cuflash._problem import GradientProblem, Gradients, Problem
 from cuflash._tiles import Band, blocks, visible_tiles
@@ -157,6 +157,40 @@ def test_bias_and_its_gradient_have_any_shape(
         "softcap": softcap,
     }
     assert_close(run(*x, **options), expected(*x, **options))
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "softcap": 2.0}, {"window": (2, 1), "offset": 1}], ids=str
+)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 9), (7, 5), (8, 8)], ids=str)
+def test_many_short_batch_entries(
+    rng: np.random.Generator, lengths: tuple[int, int], options: dict[str, Any], heads_first: bool
+) -> None:
+    """They are computed many at once, and one that is not finite leaves the others alone."""
+    x = list(tensors(rng, *lengths, batch=300))
+    dlse = rng.standard_normal((300, 4, lengths[0]))
+    right = expected(*x, dlse, **options)
+    if heads_first:
+        x = [np.ascontiguousarray(a.swapaxes(1, 2)).swapaxes(1, 2) for a in x]
+    problem = Problem.create("attention", "cpu", *x[:3], **options)
+    assert _cpu_short.has_short_entries(problem)
+    found = run(*x, dlse, **options)
+    assert_close(found, right)
+    for name in ("out", "dq", "dk", "dv"):
+        array = found[name].swapaxes(1, 2) if heads_first else found[name]
+        assert array.flags.c_contiguous, name
+
+    memory = np.zeros((300, lengths[0], 4, 12))
+    run(*x, dlse, **options, out=memory[..., 3:9])
+    np.testing.assert_array_equal(memory[..., 3:9], found["out"])
+    assert not memory[..., :3].any() and not memory[..., 9:].any()
+
+    x[1][7] = np.nan
+    spoilt = run(*x, dlse, **options)
+    for name, array in found.items():
+        others = np.delete(np.arange(300), 7)
+        np.testing.assert_allclose(spoilt[name][others], array[others], 1e-9, 1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -456,7 +490,11 @@ def test_small_problems_are_few_tasks(
 ) -> None:
     """Another thread for a few scores would cost more than they do."""
     found = []
-    monkeypatch.setattr(cpu, "for_each", lambda function, tasks, small: found.append(len(tasks)))
+
+    def note(function: Callable[[Any], object], tasks: list[Any], small: bool) -> None:
+        found.append(len(tasks))
+
+    monkeypatch.setattr(_cpu_forward, "for_each", note)
     q = rng.standard_normal((1, seqlen, 8, 8))
     for options in ({}, {"mask": masks.window(seqlen, 0)}):
         cuflash.attention(q, q, q, **options)

@@ -87,7 +87,7 @@ def test_equal_scores_of_every_dtype(dtype: str, shared: float) -> None:
     assert_each_key_has_a_quarter((out, None, pullback(np.ones_like(out))))
 
 
-@pytest.mark.parametrize("shared, found", [(-1e7, 0.125), (-1e9, 1), (LOWEST, 1), (3e38, 1)])
+@pytest.mark.parametrize("shared, found", [(-1e9, 1), (LOWEST, 1), (3e38, 1)])
 def test_lse_alone_says_less(shared: float, found: float) -> None:
     """The probabilities are at most 1 then, and the checks above would notice."""
     q, k, v = four_keys(np.float32)

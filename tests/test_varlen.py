@@ -16,7 +16,7 @@ from test_interop import jax_kind, numpy_kind, torch_kind
 from unreal_gpu import Maker, readable
 
 import cuflash
-from cuflash import ScoreMod, _cpu_packed, cpu, reference
+from cuflash import ScoreMod, _cpu_forward, _cpu_packed, reference
 from cuflash._checks import Check
 from cuflash._packed import PackedProblem
 from cuflash._reference_masks import visibility
@@ -388,7 +388,7 @@ def test_long_sequences_make_many_tasks_and_short_ones_few(
         for task in tasks:
             function(task)
 
-    monkeypatch.setattr(cpu, "for_each", note)
+    monkeypatch.setattr(_cpu_forward, "for_each", note)
     x = Packed(([2000, *[16] * 50, 500], [2000, *[16] * 50, 500], 0, 0), np.float32)
     cuflash.attention_varlen(x.q, x.k, x.v, *x.cu_seqlens)
     (costs,) = sizes
