@@ -54,6 +54,9 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     dk and dv are its keys' own, and the dq add up. Packed results are a batch of one, ``out[None]``
     and ``lse[None]``.
 
+    The weights are of lse, whose rounding changes them by a factor of up to exp(2^-24 lse) in
+    float32: 6e-5 where lse is 1000 in size. Up to about 100 that is less than float32's sums lose.
+
     Examples
     --------
     >>> import numpy as np, cuflash

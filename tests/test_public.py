@@ -184,12 +184,12 @@ def test_every_option_counts_in_every_function(option: str, value: Any) -> None:
     q, k, v = rng.standard_normal((3, 1, 6, 2, 4))
     given = {option: value, **NEEDS.get(option, {})}
     plain, plain_pullback = cuflash.attention_vjp(q, k, v)
-    out, lse = cuflash.attention(q, k, v, return_lse=True, **given)
+    out, lse, stats = cuflash.attention(q, k, v, return_stats=True, **given)
     assert not np.allclose(out, plain)
     vjp_out, pullback = cuflash.attention_vjp(q, k, v, **given)
     assert np.array_equal(vjp_out, out)
     dout = np.ones_like(out)
-    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, **given)
+    gradients = cuflash.attention_backward(dout, q, k, v, out, lse, stats=stats, **given)
     for x, y in zip(pullback(dout)[:3], gradients[:3], strict=True):
         assert np.array_equal(x, y)
     assert not np.allclose(gradients.dv, plain_pullback(dout).dv)
@@ -224,11 +224,11 @@ def test_docstrings_name_every_parameter(name: str) -> None:
 def test_vjp_returns_lse_on_demand() -> None:
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 6, 2, 4))
     (out, lse), pullback = cuflash.attention_vjp(q, k, v, return_lse=True)
-    expected, expected_lse = cuflash.attention(q, k, v, return_lse=True)
+    expected, expected_lse, stats = cuflash.attention(q, k, v, return_stats=True)
     assert np.array_equal(out, expected)
     assert np.array_equal(lse, expected_lse)
     dlse = np.ones_like(lse)
-    gradients = cuflash.attention_backward(out, q, k, v, out, lse, dlse=dlse)
+    gradients = cuflash.attention_backward(out, q, k, v, out, lse, stats=stats, dlse=dlse)
     for pulled in (pullback(out, dlse), pullback(out, dlse=dlse)):
         assert all(np.array_equal(x, y) for x, y in zip(pulled[:3], gradients[:3], strict=True))
     assert not np.allclose(pullback(out).dk, gradients.dk)
