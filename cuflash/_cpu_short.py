@@ -18,6 +18,8 @@ FEWEST_ENTRIES = 16
 
 def has_short_entries(problem: Problem) -> bool:
     """Whether its batch entries are many, short and alike."""
+    if problem.batch < FEWEST_ENTRIES:
+        return False
     most_rows, most_keys = _work.largest_tile(problem.window)
     rows, keys = problem.group * problem.seqlen_q, problem.seqlen_k
     if not problem.reads_no_more or rows > most_rows or not 0 < keys <= most_keys:
@@ -26,7 +28,7 @@ def has_short_entries(problem: Problem) -> bool:
     of_rows = problem.heads_q * problem.seqlen_q * max(keys, widest)
     elements = max(of_rows, problem.heads_k * keys * widest)  # of the largest array of an entry
     most = math.prod(_work.TILE) // 2
-    return problem.batch >= FEWEST_ENTRIES and FEWEST_ENTRIES * elements <= most
+    return FEWEST_ENTRIES * elements <= most
 
 
 def forward(problem: Problem, out: np.ndarray, wants_stats: bool) -> Result:

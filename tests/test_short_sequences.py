@@ -139,6 +139,22 @@ def test_equal_sequences_get_the_bits_that_they_get_alone(batches: list[Batch]) 
             assert getattr(found, name)[tokens].tobytes() == alone.tobytes(), name
 
 
+@pytest.mark.parametrize("value", [40, 1e4, np.inf, np.nan])
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_bits_do_not_depend_on_what_other_sequences_hold(name: str, value: float) -> None:
+    x = Packed(([9] * 20, [11] * 20, 0, 0), np.float32)
+    right = run(backends.CpuBackend(), x, OPTIONS["causal"])
+    length = 11 if name in "kv" else 9
+    getattr(x, name)[3 * length : 4 * length] *= value
+    found = run(backends.CpuBackend(), x, OPTIONS["causal"])
+    for key, array in right.items():
+        length = 11 if key in ("dk", "dv") else 9
+        of = slice(3 * length, 4 * length)
+        tokens, right_tokens = (a.T if key == "lse" else a for a in (found[key], array))
+        others = [np.delete(a, of, axis=0) for a in (tokens, right_tokens)]
+        assert others[0].tobytes() == others[1].tobytes(), key
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_bits_depend_neither_on_threads_nor_on_the_run(
     monkeypatch: pytest.MonkeyPatch, lengths: tuple[list[int], list[int], int, int]
