@@ -207,6 +207,31 @@ def test_the_wrappers_hand_on_the_statistics(example, monkeypatch, library):
     np.testing.assert_array_equal(stats, cuflash.attention(x, x, x, return_stats=True)[2])
 
 
+LARGE = [-1e4, -1e7, -1e9, -1e30, np.finfo(np.float32).min, 3e38]
+
+
+@pytest.mark.parametrize("score", LARGE)
+def test_rows_of_one_large_score_have_right_gradients_in_torch(example, score):
+    torch = pytest.importorskip("torch")
+    q, k = torch.zeros(1, 1, 1, 2), torch.zeros(1, 4, 1, 2)
+    v = torch.arange(8.0).reshape(1, 4, 1, 2).requires_grad_()
+    out = example("torch_attention").attention(q, k, v, torch.full((4,), score))
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv, torch.full_like(v, 0.25))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["at once", "jit"])
+@pytest.mark.parametrize("score", LARGE)
+def test_rows_of_one_large_score_have_right_gradients_in_jax(example, score, jit):
+    jax = pytest.importorskip("jax")
+    q, k = jax.numpy.zeros((1, 1, 1, 2)), jax.numpy.zeros((1, 4, 1, 2))
+    bias = jax.numpy.full(4, score)
+    attention = example("jax_attention").attention_of()
+    gradient = jax.grad(lambda v: attention(q, k, v, bias).sum())
+    dv = (jax.jit(gradient) if jit else gradient)(jax.numpy.arange(8.0).reshape(1, 4, 1, 2))
+    np.testing.assert_allclose(dv, 0.25, rtol=1e-6)
+
+
 def test_what_has_no_gradient_in_the_torch_example_is_refused(example):
     torch = pytest.importorskip("torch")
     attention, x = example("torch_attention").attention, torch.ones(1, 3, 2, 4)
