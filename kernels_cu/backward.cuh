@@ -129,6 +129,24 @@ DEVICE void for_each_dq(QueryGrid::Acc& dq, float* dq_acc, i64 tile, const F& f)
   });
 }
 
+// What they are once all have added to them, in loads of kSumFloats.
+DEVICE void load_dq(QueryGrid::Acc& dq, const float* dq_acc, i64 tile) {
+  const float* first = dq_acc + tile * kBlockQ * kHeadDim + threadIdx.x * kSumFloats;
+#pragma unroll
+  for (int m = 0; m < QueryGrid::kM; m++)
+#pragma unroll
+    for (int n = 0; n < QueryGrid::kN; n++) {
+      const float* quad = first + (m * QueryGrid::kN + n) * 4 * kThreads;
+      if constexpr (kSumFloats == 4) {
+        const float4 sums = *(const float4*)quad;
+        dq[m][n][0] = sums.x, dq[m][n][1] = sums.y, dq[m][n][2] = sums.z, dq[m][n][3] = sums.w;
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) dq[m][n][e] = quad[e * kThreads];
+      }
+    }
+}
+
 // A product to a tile in shared memory, in 16 bits.
 template <class Grid, class Tile>
 DEVICE void to_smem(const Tile& tile, const typename Grid::Acc& acc, float scale) {

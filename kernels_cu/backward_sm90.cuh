@@ -46,6 +46,8 @@
 #endif
 
 constexpr bool kDeterministic = DETERMINISTIC;
+// Registers are left neither for a second loop nor for what could be kept from tile to tile.
+constexpr bool kFewRegisters = kHasTerms || kSoftcap;
 constexpr int kStages = 2;
 constexpr int kConsumers = 2;
 constexpr int kBlockThreads = (1 + kConsumers) * kWarpgroupThreads;
@@ -273,7 +275,7 @@ struct BackwardConsumer {
 
   // Before the first tile of a head; this warpgroup's part of dq begins at (row, col) of the tiles.
   DEVICE void begin_head(int head, int row, int col) {
-    if (!kHasTerms) first_sums = sums_of(head, row, col);
+    if (!kFewRegisters) first_sums = sums_of(head, row, col);
   }
 
  protected:
@@ -429,7 +431,7 @@ struct BackwardConsumer {
   template <int kN>
   DEVICE void add_dq(const float (&dq)[1][kN][4], int row, int col, const GroupTiles& walk) const {
     static_assert(kN == QueryGrid::kN, "post reads what this kernel adds");
-    float* first = kHasTerms ? sums_of(walk.head, row, col) : first_sums;
+    float* first = kFewRegisters ? sums_of(walk.head, row, col) : first_sums;
     float* sums = first + walk.tiles.current * (i64)(kBlockQ * kHeadDim);
     if (kDeterministic) named_barrier_sync(kTurnBarrier, kTurnThreads);
 #pragma unroll
@@ -467,16 +469,16 @@ DEVICE void run_block(const BackwardParamsSm90& p, const Storage& smem) {
     }
     const int group = p.call.problem.group;
     const bool large = warp_uniform(any_large(p.call, mask, work.head * group, group));
-    // A run of fully visible tiles of a head has a loop of its own, of few instructions; beside
-    // terms it would take registers that they need.
+    // A run of fully visible tiles of a head has a loop of its own, of few instructions.
     const auto stays_full = [&] {
-      if (kHasTerms) return false;
+      if (kFewRegisters) return false;
       return kHasTree ? (bool)warp_uniform(walk.tiles.stay_full()) : walk.tiles.stay_full();
     };
 #pragma unroll 1
     while (walk.valid()) {
       consumer.begin_head(walk.head, consumer.dq_row(), consumer.dq_col());
-      if (large || warp_uniform(walk.tiles.partly_visible())) {
+      // Opaque: two copies of the loops, one for each answer, would spill.
+      if (opaque(large) || warp_uniform(walk.tiles.partly_visible())) {
         consumer.template step<true>(walk);
         consumer.stage = consumer.stage.next();
         walk.advance();

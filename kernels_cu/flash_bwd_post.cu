@@ -18,8 +18,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Mask mask(p.problem, work.batch);
 
   QueryGrid::Acc dq;
-  for_each_dq(dq, p.dq_acc, workspace_tile(p.problem, work.batch, work.head, work.tile),
-              [](float& value, const float* source) { value = *source; });
+  load_dq(dq, p.dq_acc, workspace_tile(p.problem, work.batch, work.head, work.tile));
   to_smem<QueryGrid>(dq_smem, dq, p.problem.scale);
   __syncthreads();
 
