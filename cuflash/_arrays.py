@@ -58,13 +58,13 @@ def row_maxima(scores: np.ndarray) -> np.ndarray:
     return np.maximum.reduce(np.maximum.reduce(longer, axis=1).reshape(heads, -1, rows), axis=1)
 
 
-def subtract_by_row(scores: np.ndarray, x: np.ndarray) -> None:
-    """Subtract (heads, rows) from the scores of a tile, in place."""
+def apply_by_row(function: np.ufunc, scores: np.ndarray, x: np.ndarray) -> None:
+    """function(scores, x) of the scores of a tile and (heads, rows), in place."""
     longer = _in_longer_rows(scores, 16)
     if longer is None:
-        scores -= x[..., None]
+        function(scores, x[..., None], out=scores)
     else:
-        longer -= np.tile(x, longer.shape[-1] // x.shape[-1])[:, None]
+        function(longer, np.tile(x, longer.shape[-1] // x.shape[-1])[:, None], out=longer)
 
 
 def _in_longer_rows(scores: np.ndarray, count: int) -> np.ndarray | None:

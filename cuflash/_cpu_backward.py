@@ -25,6 +25,7 @@ import numpy as np
 
 from cuflash import _terms
 from cuflash._arrays import (
+    apply_by_row,
     drop,
     empty_like,
     exponentials,
@@ -33,7 +34,6 @@ from cuflash._arrays import (
     packed,
     product,
     small_scores,
-    subtract_by_row,
     transposed,
 )
 from cuflash._key_gradients import KeyGradients
@@ -197,7 +197,7 @@ class _RowBlock:
         else:
             key = self.without_ones(tile.key)
             scores = _terms.scores(tile, self.query[..., :-1], key, slope)
-            subtract_by_row(scores, -self.query[..., -1])
+            apply_by_row(np.subtract, scores, -self.query[..., -1])
         unit = tile.item.unit
         if not self.rides and unit != 1:
             scores /= unit

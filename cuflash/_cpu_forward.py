@@ -14,6 +14,7 @@ import numpy as np
 from cuflash import _terms
 from cuflash._arrays import (
     Hidden,
+    apply_by_row,
     drop,
     exponentials,
     hide_exponentials,
@@ -21,7 +22,6 @@ from cuflash._arrays import (
     packed,
     product,
     row_maxima,
-    subtract_by_row,
 )
 from cuflash._problem import Result
 from cuflash._threads import for_each
@@ -98,9 +98,9 @@ def _tiles_of(item: Item, row_tiles: list[slice]) -> Iterator[Tile]:
 class _OnlineSoftmax:
     """What a tile of rows has gathered from the keys seen so far, relative to a score of each row.
 
-    That is the largest so far. Where all scores are small it is the largest of the first keys that
-    the row sees, and stays it, unless it `follows`: what is larger may overflow with values near
-    the largest finite number alone.
+    That is the largest so far. Where all scores are small it is the logarithm of the first sum of
+    exponentials that is not 0, and stays it, unless it `follows`: what is larger may overflow with
+    values near the largest finite number alone.
     """
 
     def __init__(self, item: Item, rows: slice, wants_stats: bool, follows: bool = False) -> None:
@@ -113,13 +113,18 @@ class _OnlineSoftmax:
         self.numerator: np.ndarray | None = None  # (heads, group * rows, Dv), after the first tile
         self.stays = not follows and item.unit != 1
         self.is_set = False  # whether each row has a reference that stays
+        # Small scores get no -inf among them, for which exp2 is slow.
+        self.lowest = -np.inf if item.unit == 1 else np.finfo(dtype).minexp / 2
 
     def step(self, tile: Tile) -> None:
         """Attend to one more tile of keys."""
         hidden = tile.hidden
-        scores = self.relative_scores(tile, hidden)
-        weights = hide_exponentials(exponentials(scores, self.item.unit), hidden)
-        total = weights @ self.work.ones[: weights.shape[-1]]
+        if self.stays and self.numerator is None:
+            weights, total = self.first_weights(tile, hidden)
+        else:
+            scores = self.relative_scores(tile, hidden)
+            weights = hide_exponentials(exponentials(scores, self.item.unit), hidden)
+            total = weights @ self.work.ones[: weights.shape[-1]]
         drop(weights, _terms.dropped(tile), 0)
         weighted = product(weights, tile.value, hidden)
         if self.numerator is None:
@@ -129,25 +134,43 @@ class _OnlineSoftmax:
         self.denominator += total
         self.is_set = self.stays and (self.is_set or bool((self.denominator > 0).all()))
 
+    def first_weights(self, tile: Tile, hidden: Hidden | None) -> tuple[np.ndarray, np.ndarray]:
+        """The exponentials of small scores over their sums, and the sums of these: 1, or 0.
+
+        One pass fewer than by the largest score; and a row that sees one key has the weight 1.
+        """
+        scores = _terms.scores(tile, self.query[..., :-1], tile.key[..., :-1])
+        if self.wants_stats:
+            lower(scores, hidden, self.lowest)
+            self.largest = row_maxima(scores)
+        weights = hide_exponentials(np.exp2(scores, out=scores), hidden)
+        total = weights @ self.work.ones[: weights.shape[-1]]
+        seen = total > 0
+        base = np.where(seen, total, 1)
+        apply_by_row(np.divide, weights, base)
+        base = np.log2(base)
+        self.query[..., -1] = -base
+        self.reference = np.where(seen, base, -np.inf)
+        return weights, seen.astype(weights.dtype)
+
     def relative_scores(self, tile: Tile, hidden: Hidden | None) -> np.ndarray:
         """(heads, group * rows, keys), less the reference of each row."""
-        # Small scores get no -inf among them, for which exp2 is slow.
-        lowest = -np.inf if self.item.unit == 1 else np.finfo(self.work.dtype).minexp / 2
         if self.is_set and not self.work.problem.softcap:
             scores = _terms.scores(tile, self.query, tile.key)
         else:
             scores = _terms.scores(tile, self.query[..., :-1], tile.key[..., :-1])
             if not self.is_set:
-                lower(scores, hidden, lowest)
+                lower(scores, hidden, self.lowest)
                 self.raise_reference(row_maxima(scores))
-            subtract_by_row(scores, -self.query[..., -1])
+            apply_by_row(np.subtract, scores, -self.query[..., -1])
         if self.is_set and self.wants_stats:
-            lower(scores, hidden, lowest)
+            lower(scores, hidden, self.lowest)
             np.maximum(self.largest, self.reference + row_maxima(scores), out=self.largest)
         return scores
 
     def raise_reference(self, top: np.ndarray) -> None:
         """Make each row's reference its largest score so far, and all that is relative to it."""
+        self.largest = np.maximum(self.largest, top)
         top = np.maximum(self.reference, top)
         base = np.where(top == -np.inf, 0, top)  # where a row has seen nothing yet
         if self.numerator is not None:
@@ -155,7 +178,7 @@ class _OnlineSoftmax:
             self.numerator *= factor[..., None]
             self.denominator *= factor
         self.query[..., -1] = -base
-        self.reference, self.largest = top, top.copy()
+        self.reference = top
 
     def may_have_overflown(self) -> bool:
         """Whether a reference that stays may have been too low."""
