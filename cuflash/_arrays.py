@@ -12,12 +12,12 @@ import numpy as np
 LOG2_E = math.log2(math.e)
 
 
-# From so many rows on the scores of a tile lie in memory key by key, each with those of all rows:
-# the largest score of each row takes half the time then.
+# From this many rows on, the scores of a tile are stored key by key, which halves the time to find
+# each row's largest score.
 ROWS_BY_KEY = 16
 
 
-# Elements of a tile for which memory is kept; malloc has less at hand.
+# Memory is kept for tiles of at least this many elements; malloc is quick with smaller ones.
 LEAST_KEPT = 2**14
 
 
@@ -68,7 +68,7 @@ def apply_by_row(function: np.ufunc, scores: np.ndarray, x: np.ndarray) -> None:
 
 
 def _in_longer_rows(scores: np.ndarray, count: int) -> np.ndarray | None:
-    """(heads, keys / count, count * rows), a view: NumPy's inner loops are short where rows are.
+    """(heads, keys / count, count * rows), a view: NumPy's inner loops would be short for few rows.
 
     None where the keys can't be divided so, or the scores do not lie by key.
     """
@@ -85,9 +85,9 @@ def small_scores(dtype: np.dtype) -> float:
 
 
 def exponentials(x: np.ndarray, unit: float, clips: bool = False) -> np.ndarray:
-    """exp(x / unit) in place, of x that are not positive; 0 where that is no normal number.
+    """exp(x / unit) in place, for x <= 0; 0 where the result would be subnormal.
 
-    `clips`: what is positive is taken for 0. The unit log2(e) is for differences of small scores.
+    `clips`: positive x count as 0. The unit log2(e) is for differences of small scores.
     """
     if unit != 1:
         return np.exp2(x, out=x)  # twice as fast as exp

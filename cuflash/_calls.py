@@ -46,8 +46,8 @@ def forward(
 
 
 def backward(kind: Kind, function: str, arguments: Arguments) -> Gradients:
-    """The gradients, from the arguments of a function that is given dout, out and lse."""
-    # Who hands over q, k and v that require grad may use the gradients as values.
+    """The gradients, from the arguments of `attention_backward` or its packed counterpart."""
+    # q, k and v may require grad without a warning: their gradients may be wanted as plain values.
     incoming = {name: arguments[name] for name in ("dout", "dlse")}
     warn_of_lost_gradients(function, incoming, stacklevel=4)
     own = {"dout", "out", "lse", "stats", "dlse", *BACKWARD_FLAGS} & arguments.keys()

@@ -1,4 +1,4 @@
-"""CUDA graphs: what a call heeds while the stream that it runs on is being captured into one.
+"""CUDA graphs: what a call may not do while the stream that it runs on is being captured into one.
 
 A replay reads and writes the addresses that the captured call had. So memory that the call lets go
 must not go to others as long as the graph lives, and nothing that the host holds can be copied.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-# The legacy stream, by either of its names: it can't be captured, nor asked while another one is.
+# The legacy stream, by either of its names: it can't be captured, nor queried while another is.
 _LEGACY_STREAMS = (0, 1)
 
 

@@ -44,7 +44,7 @@ Array = Any  # numpy.ndarray, or cupy.ndarray where device is "cuda"
 
 
 def is_array(x: Any) -> bool:
-    """Whether x is of a class of arrays; instances are not asked, who may raise anything."""
+    """Whether x's class is one of arrays. The instance is not asked: it may raise anything."""
     return hasattr(type(x), "__dlpack__")
 
 
@@ -156,7 +156,7 @@ class Check(NamedTuple):
     ) -> None:
         itemsize = array.dtype.itemsize
         if array.strides[-1] != itemsize and array.shape[-1] > 1 and 0 not in array.shape:
-            # Nobody gets to see what is written to a copy.
+            # A copy is no remedy where the array is written: the caller would not see the result.
             copy = f", as {name}.copy() has, or {name}.contiguous() in torch"
             self.fail(
                 ValueError,
@@ -299,7 +299,7 @@ class Check(NamedTuple):
             number = float(value)
         except OverflowError:
             number = math.inf
-        except Exception:  # whatever somebody else's number raises
+        except Exception:  # a foreign object may raise anything
             self.fail(TypeError, f"{name} is a {type(value).__name__}; expected a real number")
         if not math.isfinite(number):
             self.fail(ValueError, f"{name} is {number}; expected a finite number")

@@ -30,7 +30,7 @@ from cuflash._work import Item, Tile, Work
 
 
 def empty_result(out: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, stats: bool) -> Result:
-    """What a row gets that sees nothing, but for out; lse is of this shape, stats may be wanted."""
+    """A result in which no row has seen a key yet: lse, of this shape, and stats if wanted."""
     lse = np.full(shape, -np.inf, dtype)
     return Result(out, lse, np.stack([lse, np.zeros_like(lse)]) if stats else None)
 
@@ -52,7 +52,7 @@ Task = tuple[Item, list[slice], list[np.ndarray]]  # the arguments of `attend_to
 
 
 def tasks_of(work: Work, result: Result) -> list[Task]:
-    """What writes the result of a work, in any order."""
+    """The tasks that write the result of a work; their order does not matter."""
     tasks = []
     out, lse, stats = result
     for batch, band in enumerate(work.bands):
@@ -98,9 +98,9 @@ def _tiles_of(item: Item, row_tiles: list[slice]) -> Iterator[Tile]:
 class _OnlineSoftmax:
     """What a tile of rows has gathered from the keys seen so far, relative to a score of each row.
 
-    That is the largest so far. Where all scores are small it is the logarithm of the first sum of
-    exponentials that is not 0, and stays it, unless it `follows`: what is larger may overflow with
-    values near the largest finite number alone.
+    This reference is the largest score so far. Where all scores are small, and unless it `follows`,
+    it is the logarithm of the first sum of exponentials that is not 0, and stays: later sums can
+    then overflow only with values near the largest finite number.
     """
 
     def __init__(self, item: Item, rows: slice, wants_stats: bool, follows: bool = False) -> None:

@@ -12,7 +12,7 @@ from cuflash._packed import PackedGradientProblem, PackedProblem
 from cuflash._problem import GradientProblem, Gradients, Problem, Result
 from cuflash._sizes import Sizes
 
-# So many entries fit into a batch of sequences, or they are not short.
+# Entries are short if at least this many fit into a batch of sequences.
 FEWEST_ENTRIES = 16
 
 

@@ -30,7 +30,7 @@ OF_AXES = {
 def view(
     name: str, shape: Shape, fits: Callable[[Shape], bool], views: dict[str, View], does: str
 ) -> str:
-    """The first view of an array of this shape whose shape fits; `does` ends the sentence."""
+    """The first view of an array of this shape that fits; `does` ends the sentence."""
     array = np.broadcast_to(np.False_, shape)  # of one byte
     for text, function in views.items():
         try:
@@ -54,7 +54,7 @@ def batch_of_one(name: str, shape: Shape, shape_q: Shape) -> str:
 
 
 def swapped_heads(shape_q: Shape, shape_k: Shape) -> str:
-    """Where the heads of k, or of q and k, would do if the axis before theirs were it."""
+    """Where q and k, or k alone, seem to have the axes of length and heads swapped."""
     (length_q, heads_q), (length_k, heads_k) = shape_q[1:3], shape_k[1:3]
     if not length_k:
         return ""
@@ -63,5 +63,5 @@ def swapped_heads(shape_q: Shape, shape_k: Shape) -> str:
 
 
 def swapped_lengths(shape_k: Shape, shape_v: Shape) -> str:
-    """Where v's length is k's number of heads and the reverse."""
+    """Where v has k's length and heads, but swapped."""
     return SWAP if shape_v[1:3] == (shape_k[2], shape_k[1]) else ""

@@ -1,4 +1,4 @@
-"""Short packed sequences, many at once: NumPy's work for each batch, and not Python's for each.
+"""Short packed sequences, many at once: Python's overhead is paid by the batch.
 
 A batch is a dense problem of one batch entry, whose heads are those of all its sequences:
 (T, heads, size) becomes (1, longest, sequences * heads, size). Each is a head of its own to every
@@ -20,19 +20,19 @@ from cuflash._sizes import Sizes
 from cuflash._tiles import Band
 from cuflash._work import Work
 
-# A sequence is short if a batch holds so many of it.
+# A sequence is short if a batch holds at least this many like it.
 SHORTEST_BATCH = 4
 
-# What a batch takes beside its scores, as a number of scores.
+# The overhead of a batch, counted in scores that take as long.
 COST_OF_BATCH = 2**14
 
-# Lengths are padded to this many different ones for each doubling; None: to none.
+# Lengths are rounded up to one of this many in each doubling; None: they are not rounded.
 PADDINGS = (None, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Where the tokens of a batch's sequences are among all: by sequence, from its first one."""
+    """Where each sequence of a batch has its tokens among all tokens."""
 
     starts: np.ndarray  # (sequences,)
     lengths: np.ndarray
@@ -219,7 +219,7 @@ def _batches(
         rows[short] * base + keys[short], return_inverse=True, return_counts=True
     )
     lengths = np.divmod(pairs, base)
-    # A user's function is asked about no pair that is not there.
+    # No padding with a user's function: it must not be called with positions that do not exist.
     paddings = PADDINGS if problem.score_mod is None and pairs.size > 1 else PADDINGS[:1]
     best = min((_Padding(problem, lengths, counts, x) for x in paddings), key=lambda x: x.cost)
     group_of_sequence = best.groups[which]
@@ -253,7 +253,7 @@ class _Padding:
 
 
 def _padded(lengths: np.ndarray, lengths_per_doubling: int | None) -> np.ndarray:
-    """Lengths, each up to the next of those that are kept."""
+    """Lengths, each rounded up as PADDINGS says."""
     if lengths_per_doubling is None:
         return lengths
     _, exponents = np.frexp(np.maximum(lengths - 1, 0))
@@ -262,7 +262,7 @@ def _padded(lengths: np.ndarray, lengths_per_doubling: int | None) -> np.ndarray
 
 
 def _most_elements() -> int:
-    """Of each array of a batch: half a tile, whose memory malloc has at hand again and again."""
+    """Of each array of a batch: half a tile, small enough that malloc reuses its memory."""
     return math.prod(_work.TILE) // 2
 
 

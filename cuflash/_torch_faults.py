@@ -9,7 +9,7 @@ Tensor = Any  # torch.Tensor
 
 
 def hides_something(x: Tensor) -> bool:
-    """Whether a tensor whose memory can be shared is more than that: a result would not tell."""
+    """Whether a tensor can be shared, but is more than its memory, as a lazy negative is."""
     torch = sys.modules["torch"]
     return x.is_neg() or torch._is_functional_tensor(x) or _has_tangent(torch, x)
 
@@ -22,7 +22,7 @@ def _has_tangent(torch: Any, x: Tensor) -> bool:
 
 
 def fault_of(x: Any) -> str:
-    """What of this tensor can't be shared, and what to pass; empty where it is none, or plain."""
+    """Why this tensor can't be shared, and what to pass; empty for a plain one or no tensor."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(x, torch.Tensor):
         return ""

@@ -227,7 +227,7 @@ def attention_backward(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As `attention`, and where dout, out, lse or dlse do not fit q, k and v.
+        As `attention`, and where dout, out, lse, stats or dlse do not fit q, k and v.
 
     Examples
     --------

@@ -51,7 +51,8 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
     - start``, where Sk counts the keys of all parts and `start` those before this one. Sinks are
     for one part alone, or they would count twice. For the gradients go back through each part with
     the merged out and lse, ``attention_backward(dout, q, k_part, v_part, out, lse, offset=...)``:
-    dk and dv are its keys' own, and the dq add up. Packed results are a batch of one, ``out[None]``
+    dk and dv are its keys' own, and the dq add up. Pass no stats, for a part's are not those of the
+    merged rows. Packed results are a batch of one, ``out[None]``
     and ``lse[None]``.
 
     The weights are of lse, whose rounding changes them by a factor of up to exp(2^-24 lse) in
@@ -88,7 +89,7 @@ def merge(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
 def _parts(name: str, arrays: Any) -> list[Array]:
     try:
         return list(arrays)
-    except Exception as error:  # whatever somebody else's sequence raises
+    except Exception as error:  # a foreign object may raise anything
         raise TypeError(
             f"cuflash.merge: {name} is a {type(arrays).__name__}; expected a sequence of arrays"
         ) from error

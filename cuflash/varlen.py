@@ -77,7 +77,7 @@ def attention_varlen(
     lse : array (Hq, T), float32 (float64 for float64), if `return_lse` or `return_stats`
         Natural logarithm of the sum of the exponentials of the row's scores.
     stats : array (2, Hq, T), of lse's dtype, if `return_stats`
-        The row's largest score and the sum of its exponentials, as from `attention`.
+        The row's largest score, and the sum of the exponentials of its scores less that one.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def attention_varlen_backward(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As `attention_varlen`, and where dout, out, lse or dlse do not fit q, k and v.
+        As `attention_varlen`, and where dout, out, lse, stats or dlse do not fit q, k and v.
 
     Examples
     --------

@@ -1,6 +1,6 @@
 // The tokens of packed arrays that belong to no sequence, before the first and behind the last: out
-// 0, lse and row_max -inf, row_sum 0. One warp a row, a few blocks for all rows: mostly there is
-// none.
+// 0, lse and row_max -inf, row_sum 0. One warp a row, and few blocks: mostly there are no
+// such tokens.
 #include "params.cuh"
 
 #ifndef WARPS

@@ -60,6 +60,23 @@ def test_a_picture_shows_pairs_and_tiles(draw_masks: ModuleType) -> None:
     assert paths[draw_masks.VISIBLE_OF_PARTLY] == "M1 20h1v1h-1zM3 20h1v1h-1z"
 
 
+def test_the_readme_counts_the_injected_bugs() -> None:
+    import test_block_order
+    import test_hopper_backward_bugs
+    import test_hopper_forward
+    import test_mask_bugs
+
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    sentence = re.search(r"^\| injected bugs .*", readme, re.MULTILINE)[0]
+    counts = [
+        len(test_hopper_forward.BUGS),
+        sum(map(len, test_hopper_backward_bugs.SOURCES.values())),
+        len(test_mask_bugs.LIST_BUGS) + len(test_mask_bugs.BUGS),
+        len(test_block_order.BUGS) + 1,  # and blocks that do not draw their numbers
+    ]
+    assert [int(x) for x in re.findall(r"\b(\d+) in ", sentence)] == counts
+
+
 GPU_PAGE = (DOCS / "gpu.md").read_text(encoding="utf-8")
 GRAPHS = {
     re.search(r"import (\w+)", code)[1]: code

@@ -95,13 +95,13 @@ DEVICE u32 ld_acquire(const u32* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-// For polls: one that acquires throws away the L1 cache at every try.
+// For polling: a load that acquires would discard the L1 cache at every try.
 DEVICE u32 ld_relaxed(const u32* counter) {
   u32 value;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-// Until the counter has the value, which nobody changes then; what was released with it is seen.
+// Waits until the counter has the value, which then stays; what was released with it is seen.
 DEVICE void await(const u32* counter, u32 value) {
   while (ld_relaxed(counter) != value) {
   }
