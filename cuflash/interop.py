@@ -431,7 +431,7 @@ def _locate(function: str, name: str, x: Foreign) -> tuple[Framework, str]:
         raise TypeError(f"cuflash.{function}: {name} is {found}; {framework}")
     try:
         place = framework.place(x)
-    except Exception as error:  # whatever somebody else's array raises
+    except Exception as error:  # a foreign object may raise anything
         raise TypeError(
             f"cuflash.{function}: {name} is a {framework.kind} that does not say where it lies: "
             f"{type(error).__name__}: {error}"
@@ -482,7 +482,7 @@ def _driver_fault(place: str) -> str:
 def _share(function: str, name: str, framework: Framework, x: Foreign, to_write: bool) -> Array:
     try:
         return framework.receive(x, to_write)
-    except Exception as error:  # whatever somebody else's array raises
+    except Exception as error:  # a foreign object may raise anything
         fault = fault_of(x) or f"{type(error).__name__}: {error}"
         raise TypeError(
             f"cuflash.{function}: {name} is a {framework.kind} that cannot be shared: {fault}"

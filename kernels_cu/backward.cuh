@@ -56,7 +56,7 @@ typedef WarpGrid<kBlockQ, kHeadDim, QUERY_WARPS> QueryGrid;  // dq
 constexpr int kRowStats =
     3;  // that prep leaves of a row: lse in base 2, row_max and log2 of row_sum
 
-// Where a query tile stands in the workspace: row_stats, delta, dq_acc and turns count tiles alike.
+// The place of a query tile in the workspace, the same in row_stats, delta, dq_acc and turns.
 // `head` is one of Rows.
 DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
   const Rows rows(p);
@@ -65,8 +65,8 @@ DEVICE i64 workspace_tile(const Problem& p, int batch, int head, int tile) {
   return ((i64)batch * rows.heads + head) * rows.tiles(kBlockQ) + tile;
 }
 
-// score - largest: no score is above the largest, but products summed in another order may come out
-// so.
+// score - largest, at most 0: summed in another order, a product may round to above the forward's
+// largest score.
 DEVICE float below_largest(float score, float largest) { return min_or_nan(score - largest, 0.f); }
 
 // What a forward has left of one row: p = exp(score - largest) / sum.
@@ -107,8 +107,8 @@ struct RowDeltas {
   }
 };
 
-// Whether a row of the query tiles of some heads of Rows, the first of which is `head`, is large.
-// By whole warps.
+// Whether any row of the query tiles of `heads` heads of Rows, from `head` on, is large. For whole
+// warps.
 DEVICE bool any_large(const BackwardParams& p, const Mask& mask, int head, int heads) {
   const int tiles = mask.rows.tiles(kBlockQ);
   bool found = false;
@@ -129,7 +129,7 @@ DEVICE void for_each_dq(QueryGrid::Acc& dq, float* dq_acc, i64 tile, const F& f)
   });
 }
 
-// What they are once all have added to them, in loads of kSumFloats.
+// The sums once all blocks have added to them, in loads of kSumFloats.
 DEVICE void load_dq(QueryGrid::Acc& dq, const float* dq_acc, i64 tile) {
   const float* first = dq_acc + tile * kBlockQ * kHeadDim + threadIdx.x * kSumFloats;
 #pragma unroll

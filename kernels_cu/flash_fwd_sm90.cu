@@ -284,7 +284,7 @@ struct Consumer {
       attend(mask, KeyTiles(mask, head, work.tile * kBlockQ, kBlockQ, kBlockKV));
       store(work, mask);
     }
-    // The turn that nobody takes any more.
+    // The turn that is left over.
     if (kPingPong && index == 0) named_barrier_sync(turn_barrier(0), 2 * kWarpgroupThreads);
     if (warpgroup_thread() == 0) bulk_wait();
   }
@@ -305,8 +305,8 @@ struct Consumer {
       // One way back alone: after two, the compiler takes nothing for uniform any more.
 #pragma unroll 1
       for (;;) {
-        // `last` stays what it is, fully visible: nobody asks which tile that was. Beside terms a
-        // second body would take registers that they need.
+        // `last` is not updated here: only that it was fully visible matters. With terms, a second
+        // body would take registers that they need.
         if (!kHasTerms && !last.partly) {
 #pragma unroll 1
           for (; own.see_all(tiles); tiles.advance())
@@ -457,8 +457,8 @@ struct Consumer {
     if constexpr (kDropout) dropout.drop(s_acc, places);
   }
 
-  // Once per tile and warpgroup, in a circle; warpgroup 0 begins. Without turns its own warps meet:
-  // after a barrier the compiler knows that lanes are together, and uses uniform registers.
+  // Once per tile and warpgroup, in a circle from warpgroup 0. Without turns only its own warps
+  // meet: after a barrier the compiler knows that lanes are converged, and uses uniform registers.
   DEVICE void take_turn() const {
     named_barrier_sync(turn, (kPingPong ? 2 : 1) * kWarpgroupThreads);
   }

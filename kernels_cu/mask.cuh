@@ -114,7 +114,7 @@ struct Mask {
     return {begin * rows.group / block_q, ceil_div(end * rows.group, block_q)};
   }
 
-  // Of those, the tiles of which every row, none past the length, sees the key tile whole.
+  // Of those, the tiles in which every row sees all of the key tile, and none is past the length.
   DEVICE Interval full_query_tiles(int key, int block_q, int block_kv) const {
     if (key + block_kv > kv_len) return {0, 0};
     const int begin = clamp((i64)key + block_kv - 1 - last, 0, q_len);  // i + last >= the last key

@@ -13,7 +13,7 @@
 struct MaskListsParams {
   const u8* sights;  // (matrices, query tiles, key tiles)
   int2* entries;     // (matrices, lines, 1 + steps): a count; 2 step + (partly visible), turn
-  u32* turns;        // (matrices, query tiles, key tiles), or null where nobody asks
+  u32* turns;        // (matrices, query tiles, key tiles), or null if not wanted
   i64 line_stride, step_stride;  // in a matrix: of the lists' own tiles, and of those they list
   i64 matrices;
   int lines, steps;

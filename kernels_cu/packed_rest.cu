@@ -1,6 +1,5 @@
-// The tokens of packed arrays that belong to no sequence, before the first and behind the last: out
-// 0, lse and row_max -inf, row_sum 0. One warp a row, and few blocks: mostly there are no
-// such tokens.
+// Tokens of packed arrays that belong to no sequence, before the first and after the last, get out
+// 0, lse and row_max -inf, row_sum 0. One warp a row, few blocks: mostly there is no such token.
 #include "params.cuh"
 
 #ifndef WARPS

@@ -134,7 +134,7 @@ struct GroupTiles {
     tiles.advance();
     settle();
   }
-  // Behind a head's last tile: to the next head that has any.
+  // After a head's last tile, moves on to the next head that has any.
   DEVICE void settle() {
     if (!tiles.valid()) next_head();
   }

@@ -21,8 +21,8 @@ DEVICE int warpgroup_row() { return warp_id() % 4 * 16; }
 DEVICE void release_read(u32 mbarrier) {
   if (lane_id() == 0) mbarrier_arrive(mbarrier);
 }
-// The same anywhere, when the warp's last lane is done: a lane that still waited for the phase
-// before could miss two.
+// The same anywhere, once the warp's last lane is done: a lane still waiting for the previous
+// phase could miss two.
 DEVICE void release(u32 mbarrier) {
   __syncwarp();
   release_read(mbarrier);
