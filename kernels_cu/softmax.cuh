@@ -87,7 +87,7 @@ struct OnlineSoftmax {
           top = both;
         }
         const float normalize = sum == 0.f ? 0.f : scale * kept / sum;
-        row_max[m][r] = sum == 0.f ? -infinity() : top;
+        row_max[m][r] = sum == 0.f ? -infinity() : sum > 0.f ? top : sum;  // NaN, which fmaxf drops
         row_sum[m][r] = sum;
 #pragma unroll
         for (int n = 0; n < kNV; n++) {

@@ -93,6 +93,20 @@ def test_lse_alone_says_less(shared: float, found: float) -> None:
     np.testing.assert_array_equal(grads.dv, np.float32(found))
 
 
+def test_a_row_of_nan_beside_scores_of_minus_infinity_is_nan(backend: backends.Backend) -> None:
+    """It sees keys, although no score of its own is above -inf."""
+    q, k, v = four_keys(np.float16)
+    score_mod = cuflash.ScoreMod(
+        "j < 2 ? __int_as_float(0xff800000) : score",
+        "1.f",
+        numpy_forward=lambda score, b, h, i, j: np.where(j < 2, -np.inf, score),
+        numpy_backward=lambda score, b, h, i, j: np.ones_like(score),
+    )
+    options = {"score_mod": score_mod}
+    results = backend.both(np.ones_like(v[:, :1]), q * np.float16(np.nan), k, v, **options)
+    assert all(np.isnan(x).all() for x in (*results[:2], results[2].dv))
+
+
 TERMS = {
     "sinks": {"sinks": np.float32([0])},
     "softcap": {"softcap": 2.0},
