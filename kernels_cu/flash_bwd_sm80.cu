@@ -3,7 +3,7 @@
 //   s = scale q kᵀ    p = exp2(s - lse)    dp = dout vᵀ    ds = p (dp - delta)
 //   dv = pᵀ dout      dk = scale dsᵀ q     dq = scale ds k
 //
-// Where prep has found a row with large scores, p = exp(s - max) / sum of its two statistics.
+// In a query tile where prep has found a row with large scores, p = exp(s - max) / sum.
 //
 // One block per (key tile, key head, batch entry). It walks over the query tiles that see its keys,
 // whose rows are (position, head of the group): dk and dv of a whole group are summed in registers,
@@ -101,6 +101,7 @@ DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& s
   for_each_row([&](int row, int m, int r) {
     const float lse_log2 = __uint_as_float(ld_shared_u32(stage_smem + kLseOffset + 4 * row));
     const float delta = __uint_as_float(ld_shared_u32(stage_smem + kDeltaOffset + 4 * row));
+    const RowStats stats = stats_of(row);
 #pragma unroll
     for (int n = 0; n < ScoreGrid::kN; n++)
 #pragma unroll
@@ -109,7 +110,7 @@ DEVICE void differentiate(ScoreGrid::Acc& s, ScoreGrid::Acc& dp, const Scores& s
         if (kHasTerms) score = scores.with_terms(score, places.at(m, n, e), derivative);
         float prob;
         if constexpr (kLarge)
-          prob = stats_of(row).probability(scores.score(score));
+          prob = stats.probability(scores.score(score));
         else
           prob = exp2_approx(score * scores.unit_log2() - lse_log2);
         const bool keep = bit_of<ScoreGrid::kM>(kept, m, n, e);
@@ -191,7 +192,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int head_q = work.head * p.problem.group;
   QueryTiles tiles(mask, work.head, work.tile, kBlockQ, kBlockKV);
   u32* turns = p.turns + 1;
-  const bool large = any_large(p, mask, work.head, 1);
 
   // Pointers are computed anew at each use: kept, they would cost registers throughout the loop.
   const auto load_k = [&] {
@@ -262,11 +262,10 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     const Places<false> places{mask, head_q, first_row + ScoreGrid::row(),
                                first_key + ScoreGrid::col()};
     const auto stats_of = [&](int row) {
-      const int existing = smaller(first_row + row, mask.valid_rows() - 1);
-      return RowStats(p.row_max, p.row_sum,
-                      mask.stats(head_q) + mask.rows.stat_index(p.problem, existing));
+      const float* of_row = p.row_stats + (workspace * kRowStats + 1) * kBlockQ + row;
+      return RowStats(of_row[0], of_row[kBlockQ]);
     };
-    if (large)
+    if (p.large[workspace])
       differentiate<true>(s, dp, scores, dropout, places, q_smem.base, stats_of);
     else
       differentiate<false>(s, dp, scores, dropout, places, q_smem.base, stats_of);
