@@ -22,7 +22,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -160,23 +160,21 @@ class Sweep:
         return cls(options.direction, backend, capability)
 
     def candidates(self, head_dim: int) -> list[Candidate]:
-        """Today's tiles, and then all others of the ranges that may fit."""
-        traits = Traits(
-            dtype="bfloat16",
-            head_dim=padded(head_dim),
-            head_dim_v=padded(head_dim),
-            vec_bytes=TMA_BYTES,
-            pack_group=False,
-            softcap=False,
-            scale_first=False,
-            few_rows=False,
-            tma=self.backend == "sm90",
-        )
-        todays = self._todays(traits)
+        """Today's tiles, of any cell, and then the others of the ranges that may fit."""
+        traits = _traits(head_dim, self.backend)
+        todays = [self.todays(head_dim, suites.TOKENS, causal) for causal in (True, False)]
         make, ranges = RANGES[self.backend, self.direction]
         every = (make(*values) for values in itertools.product(*ranges.values()))
-        tiles = dict.fromkeys([todays, *(x for x in every if self._may_fit(x, traits))])
-        return [Candidate(head_dim, x, self._plan_of(x, traits), x == todays) for x in tiles]
+        tiles = dict.fromkeys([*todays, *(x for x in every if self._may_fit(x, traits))])
+        return [Candidate(head_dim, x, self._plan_of(x, traits), x in todays) for x in tiles]
+
+    def todays(self, head_dim: int, seqlen: int, causal: bool) -> Tiles:
+        """What the planner chooses for a cell."""
+        traits = _traits(head_dim, self.backend)
+        if self.backend == "sm90" and not causal:
+            dense_tiles = _plan_sm90.fewer_by_dense_tiles(head_dim, head_dim, seqlen)
+            traits = replace(traits, dense_tiles=dense_tiles)
+        return getattr(self._planner, f"{self.direction}_tiles")(traits, *self._gpu)
 
     @property
     def _planner(self) -> ModuleType:
@@ -186,10 +184,6 @@ class Sweep:
     def _gpu(self) -> tuple[int, ...]:
         """What the planner asks for beside the traits."""
         return () if self.backend == "sm90" else (self.capability,)
-
-    def _todays(self, traits: Traits) -> Tiles:
-        choose = getattr(self._planner, f"{self.direction}_tiles")
-        return choose(traits, *self._gpu)
 
     def _plan_of(self, tiles: Tiles, traits: Traits) -> Plan:
         if self.direction == "forward":
@@ -215,6 +209,20 @@ class Sweep:
         return fits and divided and scores <= MAX_SCORES and accumulators < MAX_REGISTERS
 
 
+def _traits(head_dim: int, backend: str) -> Traits:
+    return Traits(
+        dtype="bfloat16",
+        head_dim=padded(head_dim),
+        head_dim_v=padded(head_dim),
+        vec_bytes=TMA_BYTES,
+        pack_group=False,
+        softcap=False,
+        scale_first=False,
+        few_rows=False,
+        tma=backend == "sm90",
+    )
+
+
 def _divides(tiles: _plan_sm80.BackwardTiles, traits: Traits) -> bool:
     """Whether each product gives every warp a multiple of 16 rows and of 16 columns."""
     products = (
@@ -229,6 +237,11 @@ def _divides(tiles: _plan_sm80.BackwardTiles, traits: Traits) -> bool:
     )
 
 
+def name_of(tiles: Tiles) -> str:
+    """As `consumers=2 block_kv=128`."""
+    return " ".join(f"{name}={int(value)}" for name, value in asdict(tiles).items())
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """Tiles for one head size."""
@@ -239,7 +252,7 @@ class Candidate:
     is_todays: bool
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={int(value)}" for name, value in asdict(self.tiles).items())
+        return name_of(self.tiles)
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
@@ -349,6 +362,7 @@ def _measure(options: argparse.Namespace) -> int:
             x.candidate for x in found if x.is_measured and x.candidate.head_dim == cell.head_dim
         ]
         row = run_cell(cell, measured, make(cell), clock, options.seconds)
+        row["todays"] = name_of(sweep.todays(cell.head_dim, cell.seqlen, cell.causal))
         report["cells"].append(row)
         # A kernel that breaks the GPU's context takes no finished cell with it.
         output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -399,7 +413,7 @@ class Planned:
 def run_cell(
     cell: Cell, candidates: list[Candidate], inputs: Inputs, clock: Clock, seconds: float
 ) -> dict[str, Any]:
-    """Check each candidate against today's tiles, the first of them, and time those that agree."""
+    """Check each candidate against the first, one of today's, and time those that agree."""
     call = _call(cell, inputs)
     contenders, results = {}, {}
     todays = None
@@ -488,8 +502,7 @@ def table(report: dict[str, Any]) -> str:
     for head_dim in dict.fromkeys(x["head_dim"] for x in report["candidates"]):
         cells = [x for x in report["cells"] if x["head_dim"] == head_dim]
         rows = [x for x in report["candidates"] if x["head_dim"] == head_dim]
-        todays = next(x["name"] for x in rows if x["todays"])
-        gains = {x["name"]: gain(cells, x["name"], todays) for x in rows}
+        gains = {x["name"]: gain(cells, x["name"]) for x in rows}
         rows.sort(key=lambda x: gains[x["name"]] or 0.0, reverse=True)
         heads = [*rows[0]["tiles"], "", "registers", *map(_cell_name, cells), "to today's"]
         parts += ["", f"D {head_dim}", "", *tables.header(heads)]
@@ -509,10 +522,11 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def gain(cells: list[dict[str, Any]], name: str, todays: str) -> float | None:
-    """Geometric mean over all cells; None where one of them has no time of both."""
+def gain(cells: list[dict[str, Any]], name: str) -> float | None:
+    """Over today's tiles, by the geometric mean; None where a cell has no time of both."""
     times = [
-        [cell["results"].get(n, {}).get("median_ms") for n in (todays, name)] for cell in cells
+        [cell["results"].get(n, {}).get("median_ms") for n in (cell["todays"], name)]
+        for cell in cells
     ]
     if not times or not all(map(all, times)):
         return None

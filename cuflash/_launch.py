@@ -127,7 +127,8 @@ def _forward_choice(problem: Problem, out: Array, device: _traits.Device) -> _Ch
             _plan_sm90.panels(traits),
         )
 
-    layout = (device, *_params.layout(problem, out, extras))
+    dense_tiles = _plan_sm90.dense_tiles_pay(problem)
+    layout = (device, *_params.layout(problem, out, extras), dense_tiles)
     return _kept(_forward_choices, layout, find)
 
 
@@ -148,7 +149,9 @@ def _kept(
 def forward_traits(problem: Problem, out: Array) -> _traits.Traits:
     """What selects the kernel of a forward pass into `out`."""
     alignment = _params.alignment(problem.q, problem.k, problem.v, out)
-    return _traits.Traits.of(problem, alignment, tma=not _forward_obstacle(problem, out))
+    tma = not _forward_obstacle(problem, out)
+    dense_tiles = tma and _plan_sm90.dense_tiles_pay(problem)
+    return _traits.Traits.of(problem, alignment, tma, dense_tiles)
 
 
 def explain(problem: Problem, on: Gpu | None = None) -> tuple[_traits.ForwardPlan, str, str]:

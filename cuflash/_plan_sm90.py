@@ -39,6 +39,8 @@ def forward_tiles(traits: Traits) -> ForwardTiles:
     """The first of the preferred ones that fit."""
     ping_pong = padded(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG
     extras, preferred = traits.extras, (_FORWARD_SOFTCAPPED if traits.softcap else _FORWARD)
+    if traits.dense_tiles:
+        return DENSE_TILES
     if extras.bias_bytes or extras.program.has_score_mod:
         preferred = _FORWARD_PER_SCORE
     elif extras.by_pair:
@@ -144,6 +146,25 @@ def few_queries(problem: Problem) -> bool:
     return problem.seqlen_q <= _WARPGROUP_ROWS
 
 
+def dense_tiles_pay(problem: Problem) -> bool:
+    """Whether DENSE_TILES serve it, in fewer instructions than the tiles of all others."""
+    if not problem.is_dense or problem.softcap > 0 or problem.scale <= 0:
+        return False
+    return fewer_by_dense_tiles(problem.head_dim, problem.head_dim_v, problem.seqlen_k)
+
+
+def fewer_by_dense_tiles(head_dim: int, head_dim_v: int, keys: int) -> bool:
+    """The same of queries that see so many keys, by head sizes."""
+    if not padded(head_dim) == padded(head_dim_v) == _HEAD_DIM_OF_DENSE_TILES:
+        return False
+    return min(SLOTS, key=lambda block_kv: _slots(keys, block_kv)) == DENSE_TILES.block_kv
+
+
+def _slots(keys: int, block_kv: int) -> int:
+    """Of all tiles of the keys; one that is partly visible takes nearly as many as two."""
+    return SLOTS[block_kv] * (-(-keys // block_kv) + (keys % block_kv > 0))
+
+
 def _constants(traits: Traits) -> dict[str, int]:
     """The -D constants that Hopper's kernels share."""
     return {
@@ -237,6 +258,11 @@ _FORWARD = (
     (256, 256, ForwardTiles(consumers=2, block_kv=80)),
 )
 _FORWARD_SOFTCAPPED = ((64, 64, ForwardTiles(consumers=3, block_kv=112)), *_FORWARD[1:])
+# FlashAttention-3's for queries that see all keys; a tile that is partly visible wastes more.
+_HEAD_DIM_OF_DENSE_TILES = 128
+DENSE_TILES = ForwardTiles(consumers=2, block_kv=176)
+# There, by a tile's keys: the instructions that a warp issues for one that is fully visible.
+SLOTS = {128: 452, 176: 569}
 # With a mask, ALiBi or dropout, which need registers for places; three consumers have none.
 _FORWARD_BY_PAIR = (
     (256, 128, ForwardTiles(consumers=2, block_kv=128)),

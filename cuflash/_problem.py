@@ -164,6 +164,11 @@ class Problem:
         return lengths or self.packing is not None
 
     @property
+    def is_dense(self) -> bool:
+        """Whether every query sees every key, and nothing is added to scores or taken away."""
+        return self.is_plain and not self.has_lengths and self.window == (None, None)
+
+    @property
     def reads_no_more(self) -> bool:
         """Whether a kernel reads nothing but q, k and v, and what the host knows."""
         alone = self.is_plain and not self.has_lengths

@@ -104,10 +104,13 @@ class Traits:
     scale_first: bool
     few_rows: bool
     tma: bool = False  # what Hopper's kernels need is given
+    dense_tiles: bool = False  # Hopper's for queries that see all keys pay
     extras: Extras = NO_EXTRAS
 
     @classmethod
-    def of(cls, problem: Problem, alignment: int, tma: bool = False) -> Traits:
+    def of(
+        cls, problem: Problem, alignment: int, tma: bool = False, dense_tiles: bool = False
+    ) -> Traits:
         """`alignment`: of every row of every array, in bytes."""
         return cls(
             dtype=problem.dtype.name,
@@ -119,6 +122,7 @@ class Traits:
             scale_first=problem.scale <= 0 and not problem.softcap,
             few_rows=problem.seqlen_q * problem.group <= FEW_ROWS,
             tma=tma,
+            dense_tiles=dense_tiles,
             extras=Extras.of(problem),
         )
 

@@ -274,6 +274,18 @@ def test_of_gpu_arrays(
         assert (found.block_q, found.block_kv) == (rows, constants["BLOCK_KV"])
 
 
+@pytest.mark.parametrize(("seqlen_k", "block_kv"), [(2048, 128), (4096, 176)])
+def test_of_queries_that_see_all_keys(
+    seqlen_k: int, block_kv: int, no_gpu_needed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cuflash import _launch
+
+    monkeypatch.setattr(_launch, "gpu", {0: AbsentGpu(90)}.get)
+    arguments = gpu_arguments({"head_dim": 128, "seqlen_k": seqlen_k}, packed=False)
+    assert f"tiles of 128 x {block_kv}:" in str(cuflash.explain(**arguments))
+    assert cuflash.explain(**arguments, causal=True).block_kv == 128
+
+
 def test_explain_takes_no_memory_of_the_gpu(
     no_gpu_needed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

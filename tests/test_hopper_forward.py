@@ -18,7 +18,7 @@ from conftest import emulated
 from injection import assert_noticed, changed, put_in
 from test_kernels import check_hopper_kernel
 
-from cuflash import _gpu, _jit, _launch, _launch_packed, _params, _plan, _traits
+from cuflash import _gpu, _jit, _launch, _launch_packed, _params, _plan, _plan_sm90, _traits
 from cuflash._packed import PackedProblem
 from cuflash._problem import Problem
 from cuflash._reference_masks import visibility
@@ -37,6 +37,7 @@ CASES = {
     "lengths": replace(LONG, batch=2, q_lens=(450, 133), kv_lens=(999, 500), causal=True),
     "head-dim-128": replace(WIDE, causal=True),
     "head-dim-128-window": replace(WIDE, window=(40, 40)),
+    "dense-tiles": WIDE,  # of 176 keys
 }
 # Each pair compiles another kernel.
 SIZES = (64, 96, 128, 192, 256)
@@ -294,7 +295,35 @@ def run_forward(case: Case) -> tuple[Launch, Any, np.ndarray]:
     return launch, arrays, lse
 
 
-@pytest.mark.parametrize("name", ["dense", "causal", "window", "lengths", "head-dim-128-window"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("seqlen_k", [1, 175, 176, 177, 352, 353])
+def test_dense_tiles_at_their_edges(
+    seqlen_k: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of numbers of keys that other tiles serve in fewer instructions."""
+    monkeypatch.setattr(_plan_sm90, "dense_tiles_pay", lambda problem: True)
+    case = replace(WIDE, seqlen_q=140, seqlen_k=seqlen_k, dtype=np.dtype(dtype))
+    on = emulated(capability=90)
+    assert ending(case, ("lazy", 0), on) == "right result"
+    (launch,) = on.launches
+    assert tile_of(launch) == (128, 176)
+
+
+def test_an_infinite_value_in_the_last_dense_tile_stays_in_its_column() -> None:
+    q, k, v = replace(WIDE, seqlen_q=140).arrays()[:3]
+    on = emulated(capability=90)
+    expected, _ = on.forward(q, k, v)
+    v[0, 999, 0, 5] = np.inf
+    out, _ = on.forward(q, k, v)
+    assert [tile_of(launch) for launch in on.launches] == [(128, 176)] * 2
+    assert np.isposinf(out[..., 5].astype(np.float32)).all()
+    others = [np.delete(x.astype(np.float32), 5, axis=3) for x in (out, expected)]
+    np.testing.assert_allclose(*others, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "causal", "window", "lengths", "head-dim-128-window", "dense-tiles"]
+)
 def test_what_is_seen_is_loaded_and_multiplied_and_no_more(name: str) -> None:
     case = CASES[name]
     launch, arrays, _ = run_forward(case)

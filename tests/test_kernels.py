@@ -123,6 +123,13 @@ def test_hopper_options() -> None:
         check_hopper((128, 128), flags)
 
 
+@pytest.mark.parametrize("flags", ["plain", "gqa"])
+def test_hoppers_dense_tiles(flags: str) -> None:
+    chosen = replace(traits(128, 128, flags), tma=True, dense_tiles=True)
+    kernel = _plan.forward_plan(chosen, 90).kernel
+    check_hopper_kernel(kernel, _params.mapped_bytes(4, _params.FORWARD_BYTES))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("flags", HOPPER_FLAGS)
 @pytest.mark.parametrize("head_dims", HOPPER_HEAD_DIMS, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -65,6 +66,20 @@ def test_kernels_are_those_of_calls_of_any_length(arch: str, kind: launches.Call
     options = {"softcap": 5.0} if kind.softcap else {}
     launched = [of_a_call(kind, arch, seqlen, **options) for seqlen in (1, 16, 64, 65, SQ)]
     assert set(launches.kernels_of(kind, arch)) == set().union(*launched)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_kernels_of_every_number_of_keys(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = replace(PLAIN, head_dim=128, head_dim_v=128, group=group, backward=False)
+    kernels, launched = set(launches.kernels_of(kind, "sm_90")), set()
+    for seqlen_k in (1, 128, 129, 176, 177, 4096):
+        monkeypatch.setattr(sys.modules[__name__], "SK", seqlen_k)
+        for causal in (False, True):
+            found = of_a_call(kind, "sm_90", SQ, causal=causal)
+            assert found <= kernels
+            launched |= found
+    tiles = [dict(kernel.constants)["BLOCK_KV"] for kernel in launched]
+    assert sorted(tiles) == [128, 176]
 
 
 def test_a_hopper_gpu_has_kernels_of_both_kinds() -> None:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cuflash import _params, _plan, _traits
+import cuflash
+from cuflash import _params, _plan, _plan_sm90, _traits
 from cuflash._checks import MAX_HEAD_DIM
 from cuflash._problem import Problem
 
@@ -43,6 +45,8 @@ def every_traits() -> Iterator[_traits.Traits]:
         yield traits
         if vec == _traits.TMA_BYTES and not few_rows:
             yield replace(traits, tma=True)
+            if head_dim == head_dim_v == 128 and not softcap and not scale_first:
+                yield replace(traits, tma=True, dense_tiles=True)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -63,7 +67,7 @@ def test_every_plan_fits(capability: int) -> None:
             assert kernel.smem_bytes <= limit, (traits, kernel)
             assert kernel.threads in (128, 256, 384, 512)
         count += 1
-    assert count == 64 * 2 * 3 * 2 * (4 * 2 + 1)
+    assert count == 64 * 2 * 3 * 2 * (4 * 2 + 1) + 2 * 2
 
 
 # head_dim: (block_q, block_kv, warps) forward, (block_q, block_kv, warps, stages) backward
@@ -104,6 +108,37 @@ def test_chosen_tiles(capability: int, tiles: dict) -> None:
             sizes(backward, "BLOCK_Q", "BLOCK_KV", "WARPS", "STAGES"),
         )
     assert chosen == tiles
+
+
+# Keys: those of a tile. A partly visible one costs twice a whole one.
+DENSE_TILES_90 = {
+    **{1: 128, 128: 128, 129: 176, 176: 176, 177: 128, 352: 176, 353: 128, 512: 128},
+    **{528: 176, 1000: 176, 1024: 128, 2048: 128, 2112: 176, 4096: 176, 16384: 176},
+}
+
+
+def test_tiles_of_queries_that_see_all_keys() -> None:
+    def problem(keys: int, head_dim: int = 128, head_dim_v: int = 128, **options: Any) -> Problem:
+        q = np.zeros((1, 70, 2, head_dim), np.float16)
+        k, v = (np.zeros((1, keys, 1, size), np.float16) for size in (head_dim, head_dim_v))
+        return Problem.create("attention", "cuda", q, k, v, **options)
+
+    def block_kv(dense_tiles: bool) -> int:
+        traits = replace(PLAIN, tma=True, dense_tiles=dense_tiles)
+        return _plan.forward_plan(traits, 90).tiling.block_kv
+
+    pay = _plan_sm90.dense_tiles_pay
+    assert {keys: block_kv(pay(problem(keys))) for keys in DENSE_TILES_90} == DENSE_TILES_90
+    assert pay(problem(4096, 100, 97, scale=0.5, offset=3))
+    ones = np.ones(2, np.float32)
+    for options in (
+        *({"causal": True}, {"window": (None, 5000)}, {"scale": -1.0}, {"softcap": 1.0}),
+        *({"q_lens": np.full(1, 9)}, {"kv_lens": np.full(1, 4096)}, {"dropout": 0.1, "seed": 0}),
+        *({"sinks": ones}, {"alibi_slopes": ones}, {"bias": np.zeros((70, 4096), np.float32)}),
+        *({"mask": cuflash.masks.causal()}, {"score_mod": cuflash.ScoreMod("score")}),
+        *({"head_dim": 96}, {"head_dim_v": 96}, {"head_dim": 64, "head_dim_v": 64}),
+    ):
+        assert not pay(problem(4096, **options)), options
 
 
 def test_traits_of_a_problem() -> None:

@@ -10,7 +10,7 @@ import sass
 from injection import put_in
 from test_kernels import run_tool, traits
 
-from cuflash import _jit, _plan
+from cuflash import _jit, _plan, _plan_sm90
 from cuflash._traits import Kernel
 
 pytest.importorskip("cupy", reason="NVRTC is reached through CuPy")
@@ -22,6 +22,7 @@ SLOTS = {
     ("forward", 64): ((64, 128), 417),
     ("forward", 128): ((64, 128), 455),
     ("forward", 256): ((64, 80), 449),
+    ("dense forward", 128): ((64, 176), 580),
     ("backward", 64): ((64, 128), 669),
     ("backward", 128): ((64, 64), 483),
     ("backward", 256): ((32, 64), 450),
@@ -70,7 +71,9 @@ def test_a_turn_takes_the_side_with_products() -> None:
 
 def kernel_of(direction: str, head_dim: int) -> Kernel:
     chosen = replace(traits(head_dim, head_dim, "plain"), tma=True)
-    if direction == "forward":
+    if direction == "dense forward":
+        chosen = replace(chosen, dense_tiles=True)
+    if direction.endswith("forward"):
         return _plan.forward_plan(chosen, 90).kernel
     return _plan.backward_plan(chosen, 90, deterministic=True).main
 
@@ -83,8 +86,21 @@ def test_hot_loops_issue_no_more_than_flash_attention_3(cell: tuple[str, int]) -
     assert not cubin.resources.notes and not cubin.resources.spill_bytes, cubin.log
     loop = sass.hot_loop(run_tool("nvdisasm", cubin.image, "-c"))
     # Two products of the forward; five of the backward, of which each warpgroup does its half.
-    assert loop.flops == (4 if direction == "forward" else 10) * queries * keys * head_dim
+    assert loop.flops == (10 if direction == "backward" else 4) * queries * keys * head_dim
     assert loop.slots <= slots, loop.opcodes.most_common()
+
+
+def test_the_planner_knows_what_its_tiles_issue() -> None:
+    """Relative to each other, by which it chooses: compilers differ in either by a few percent."""
+    found = {}
+    for direction in ("forward", "dense forward"):
+        kernel = kernel_of(direction, 128)
+        image = _jit.cached_cubin(kernel).image
+        slots = sass.hot_loop(run_tool("nvdisasm", image, "-c")).slots
+        found[dict(kernel.constants)["BLOCK_KV"]] = slots
+    assert found.keys() == _plan_sm90.SLOTS.keys()
+    known = {keys: slots / _plan_sm90.SLOTS[128] for keys, slots in _plan_sm90.SLOTS.items()}
+    assert {keys: x / found[128] for keys, x in found.items()} == pytest.approx(known, rel=0.02)
 
 
 def test_a_search_that_is_not_uniform_is_noticed(

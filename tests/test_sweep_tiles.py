@@ -46,7 +46,13 @@ def test_candidates_fit_and_begin_with_todays(
         assert todays.plan == _plan.forward_plan(traits, capability)
     else:
         assert todays.plan == _plan.backward_plan(traits, capability, True)
-    assert todays.is_todays and not any(x.is_todays for x in others)
+    dense = replace(traits, dense_tiles=backend == "sm90" and head_dim == 128)
+    todays_too = [x.plan for x in others if x.is_todays]
+    assert todays.is_todays
+    if direction == "forward" and dense.dense_tiles:
+        assert todays_too == [_plan.forward_plan(dense, capability)]
+    else:
+        assert not todays_too
     assert len({str(x) for x in others} | {str(todays)}) == 1 + len(others)
     for candidate in (todays, *others):
         assert candidate.plan.backend == backend
@@ -64,6 +70,19 @@ def test_what_hopper_may_have(sweep_tiles: ModuleType) -> None:
     backward = sweep_tiles.Sweep("backward", "sm90", 90)
     sources = [x.plan.main.source for x in backward.candidates(64)]
     assert sorted(sources) == ["flash_bwd_sm90.cu"] * 2 + ["flash_bwd_wide_sm90.cu"]
+
+
+def test_gains_are_over_what_each_cell_has_today(sweep_tiles: ModuleType) -> None:
+    sweep = sweep_tiles.Sweep("forward", "sm90", 90)
+    cells = []
+    for seqlen, causal in ((2048, False), (16384, False), (16384, True)):
+        tiles = sweep.todays(128, seqlen, causal)
+        results = {"slow": {"median_ms": 4.0}, sweep_tiles.name_of(tiles): {"median_ms": 1.0}}
+        cells.append({"todays": sweep_tiles.name_of(tiles), "results": results})
+    assert [f"block_kv={n}" in x["todays"] for n, x in zip((128, 176, 128), cells, strict=True)]
+    assert len({x["todays"] for x in cells}) == 2
+    assert sweep_tiles.gain(cells, "slow") == 0.25
+    assert sweep_tiles.gain(cells[:1], cells[0]["todays"]) == 1
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,19 @@ def test_a_choice_is_kept_by_layout_alone() -> None:
         choice(sinks=np.ones(2, np.float32)),
     )
     assert len({first.plan.kernel, *(other.plan.kernel for other in others)}) == 6
+
+
+def test_a_choice_is_kept_by_whether_queries_see_all_keys() -> None:
+    q, k, v = replace(CASE, seqlen_k=4096, head_dim=128).arrays()[:3]
+
+    def block_kv(**options: Any) -> int:
+        of = problem(q=q, k=k, v=v, **options)
+        return _launch._forward_choice(of, q, HOPPER.device).plan.tiling.block_kv
+
+    assert block_kv() == block_kv(offset=7) == 176
+    for options in ({"causal": True}, {"window": (5, None)}, {"kv_lens": np.full(1, 4096)}):
+        assert block_kv(**options) == 128
+        assert block_kv() == 176
 
 
 def test_a_backward_choice_is_kept_by_layout_alone() -> None:

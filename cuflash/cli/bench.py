@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cuflash import _plan, _traits
+from cuflash import _plan, _plan_sm90, _traits
 from cuflash._problem import Problem
 from cuflash._work import MASK_BLOCK
 from cuflash.cli import arguments, contenders, reports, suites, tables
@@ -182,8 +182,9 @@ def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:
     options = {"causal": cell.causal, "mask": mask, "bias": inputs.bias}
     problem = Problem.create("bench", "cuda", *arrays, **options)
     traits = _traits.Traits.of(problem, _traits.TMA_BYTES, tma=True)
+    of_forward = dataclasses.replace(traits, dense_tiles=_plan_sm90.dense_tiles_pay(problem))
     plans = {
-        "forward": _plan.forward_plan(traits, capability),
+        "forward": _plan.forward_plan(of_forward, capability),
         "backward": _plan.backward_plan(traits, capability, deterministic=True),
     }
     return {n: Tile(plan.tiling.block_q, plan.tiling.block_kv) for n, plan in plans.items()}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cuflash import masks
+from cuflash import _plan_sm90, masks
 from cuflash._checks import BFLOAT16
 from cuflash._packed import dense_or_packed
 from cuflash._params import TENSOR_MAP_BYTES, TensorMap
@@ -17,7 +18,9 @@ from cuflash._traits import FEW_ROWS, Device, Kernel
 from cuflash.attention import DENSE
 from cuflash.varlen import PACKED
 
-LONG = 2 * FEW_ROWS  # no kernel depends on lengths above FEW_ROWS
+LONG = 2 * FEW_ROWS  # no kernel depends on numbers of queries above FEW_ROWS
+# Numbers of keys that Hopper's forward takes in tiles of one kind and of the other.
+_KEYS = (LONG, _plan_sm90.DENSE_TILES.block_kv)
 _DTYPES = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16}
 
 # Rules of masks by name, for some queries and keys; no kernel depends on more of them.
@@ -55,8 +58,8 @@ class CallKind:
 def kernels_of(kind: CallKind, arch: str) -> list[Kernel]:
     """Every kernel that such calls launch, on contiguous arrays of any length."""
     gpu = _AbsentGpu(int(arch.removeprefix("sm_")))
-    for queries in (1, FEW_ROWS, LONG):
-        _launch(kind, queries, gpu)
+    for queries, keys in itertools.product((1, FEW_ROWS, LONG), _KEYS):
+        _launch(kind, queries, keys, gpu)
     return list(dict.fromkeys(gpu.noted))
 
 
@@ -107,9 +110,9 @@ class _AbsentGpu:
         self.noted.append(kernel)
 
 
-def _launch(kind: CallKind, queries: int, gpu: _AbsentGpu) -> None:
+def _launch(kind: CallKind, queries: int, keys: int, gpu: _AbsentGpu) -> None:
     """A forward pass and, where the kind has one, a backward pass."""
-    problem = dense_or_packed("compile", "cuda", _arguments(kind, queries))
+    problem = dense_or_packed("compile", "cuda", _arguments(kind, queries, keys))
     arrays = PACKED if kind.packed else DENSE
     backend = arrays.backend("cuda")  # needs CuPy
     out, lse, stats = backend.forward(problem, gpu, wants_stats=True)
@@ -118,11 +121,11 @@ def _launch(kind: CallKind, queries: int, gpu: _AbsentGpu) -> None:
         backend.backward(arrays.gradient.create("compile", problem, out, out, lse, **own), gpu)
 
 
-def _arguments(kind: CallKind, queries: int) -> dict[str, Any]:
+def _arguments(kind: CallKind, queries: int, keys: int) -> dict[str, Any]:
     """Of `attention` or `attention_varlen`: one batch entry, one key head."""
     heads, dtype = kind.group, _DTYPES[kind.dtype]
     q = np.zeros((1, queries, heads, kind.head_dim), dtype)
-    k, v = (np.zeros((1, LONG, 1, size), dtype) for size in (kind.head_dim, kind.head_dim_v))
+    k, v = (np.zeros((1, keys, 1, size), dtype) for size in (kind.head_dim, kind.head_dim_v))
     arguments: dict[str, Any] = {
         "cu_seqlens_q": None,
         "cu_seqlens_k": None,
@@ -137,15 +140,15 @@ def _arguments(kind: CallKind, queries: int) -> dict[str, Any]:
             **{name: x[0] for name, x in (("q", q), ("k", k), ("v", v))},
             **dict.fromkeys(("q_lens", "kv_lens", "mask", "bias")),
             "cu_seqlens_q": np.array([0, queries]),
-            "cu_seqlens_k": np.array([0, LONG]),
+            "cu_seqlens_k": np.array([0, keys]),
         }
     bias_dtype = {0: None, 16: dtype, 32: np.dtype(np.float32)}[kind.bias_bits]
     return arguments | {
         "q": q,
         "k": k,
         "v": v,
-        "mask": mask_of(kind.mask, queries, LONG) if kind.mask else None,
-        "bias": None if bias_dtype is None else np.zeros((queries, LONG), bias_dtype),
+        "mask": mask_of(kind.mask, queries, keys) if kind.mask else None,
+        "bias": None if bias_dtype is None else np.zeros((queries, keys), bias_dtype),
     }
 
 
