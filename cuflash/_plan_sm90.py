@@ -258,7 +258,7 @@ _FORWARD = (
     (256, 256, ForwardTiles(consumers=2, block_kv=80)),
 )
 _FORWARD_SOFTCAPPED = ((64, 64, ForwardTiles(consumers=3, block_kv=112)), *_FORWARD[1:])
-# FlashAttention-3's for queries that see all keys; a tile that is partly visible wastes more.
+# FlashAttention-3's where queries see all keys; elsewhere more of it would be multiplied in vain.
 _HEAD_DIM_OF_DENSE_TILES = 128
 DENSE_TILES = ForwardTiles(consumers=2, block_kv=176)
 # There, by a tile's keys: the instructions that a warp issues for one that is fully visible.

@@ -104,7 +104,7 @@ class Traits:
     scale_first: bool
     few_rows: bool
     tma: bool = False  # what Hopper's kernels need is given
-    dense_tiles: bool = False  # Hopper's for queries that see all keys pay
+    dense_tiles: bool = False  # Hopper's larger ones, where queries see all keys, pay
     extras: Extras = NO_EXTRAS
 
     @classmethod

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import reference
+from cuflash import _plan_sm90, reference
 from cuflash.__main__ import main
 from cuflash._checks import BFLOAT16, FLOAT64
+from cuflash._problem import Problem
 from cuflash.cli import (
     calls,
     check,
@@ -196,6 +197,17 @@ def test_the_spread_is_wide():
     named = {name for case in cases for name in case.extras}
     assert named == {*extras.MASKS, *extras.TERMS}
     assert any(len(case.extras) > 1 for case in cases)
+
+
+@pytest.mark.parametrize("some", [spread, races_of_check], ids=["spread", "races"])
+def test_check_has_hoppers_dense_tiles(some):
+    """Beside the others of the same head size."""
+    pay = set()
+    for case in some():
+        if case.head_dim == 128 and case.call == "attention" and not case.extras:
+            problem = Problem.create("check", "cuda", *case.arrays()[:3], **case.options)
+            pay.add(_plan_sm90.dense_tiles_pay(problem))
+    assert pay == {False, True}
 
 
 @pytest.mark.parametrize("name", [*extras.MASKS, *extras.TERMS])

@@ -157,6 +157,7 @@ def _sizes() -> Iterator[Case]:
     for seqlen_q, seqlen_k in LENGTHS:
         yield Case(FLOAT16, seqlen_q=seqlen_q, seqlen_k=seqlen_k, causal=seqlen_q > 1)
     yield Case(batch=1, seqlen_q=2048, seqlen_k=2048, head_dim=128, causal=True)
+    yield Case(FLOAT16, batch=1, seqlen_q=300, seqlen_k=1000, heads_k=1, head_dim=128)
     yield Case(batch=0)
     yield Case(seqlen_q=0)
     yield Case(seqlen_k=0)
