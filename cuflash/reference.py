@@ -6,6 +6,7 @@ q and k, Dv head size of v. Query head h reads key head h // (Hq // Hk).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -273,11 +274,12 @@ def _scores(
     score_mod: ScoreMod | None,
     added: np.ndarray | float,
     differentiate: bool = False,
+    matmul: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.matmul,
 ) -> tuple[np.ndarray, np.ndarray | float]:
     """(B, Hq, Sq, Sk), and, if asked for, their derivative by scale q kᵀ."""
     slope = 1.0
     with np.errstate(invalid="ignore", over="ignore"):
-        scores = scale * (q @ k.swapaxes(2, 3))
+        scores = scale * matmul(q, k.swapaxes(2, 3))
         if softcap:
             tanh = np.tanh(scores / softcap)
             scores, slope = softcap * tanh, 1 - tanh**2

@@ -10,7 +10,7 @@ import pytest
 import cuflash
 from cuflash import _plan_sm90, reference
 from cuflash.__main__ import main
-from cuflash._checks import BFLOAT16, FLOAT64
+from cuflash._checks import BFLOAT16, FLOAT32, FLOAT64
 from cuflash._problem import Problem
 from cuflash.cli import (
     calls,
@@ -288,3 +288,21 @@ def test_a_bound_knows_infinities():
     assert bound.error(np.float32([-np.inf, 1])) == 0
     for wrong in ([-1e30, 1], [-np.inf, np.inf], [np.inf, 1]):
         assert not bound.error(np.float32(wrong)) <= bound.allowed
+
+
+@pytest.mark.parametrize("head_dim, scale", [(32, 3.0), (128, 1.0), (256, 3.0)])
+def test_large_scores_in_float32_are_as_right_as_sums_in_float32(
+    head_dim: int, scale: float
+) -> None:
+    """Scores of std 11 to 48; a q that is off by 2^-15 is noticed."""
+    sizes = {"batch": 17, "seqlen_q": 16, "seqlen_k": 23, "heads_q": 8, "causal": True}
+    case = Case(FLOAT32, **sizes, head_dim=head_dim, scale=scale)
+    q, k, v, dout, dlse = arrays = case.arrays()
+    bounds = oracle.expect(arrays, case.options)
+    for factor, is_right in ((1, True), (1 + 2.0**-15, False)):
+        (out, lse), pullback = cuflash.attention_vjp(
+            q * np.float32(factor), k, v, return_lse=True, **case.options
+        )
+        found = {"out": out, "lse": lse, **pullback(dout, dlse)._asdict()}
+        within = [bound.error(found[name]) <= bound.allowed for name, bound in bounds.items()]
+        assert all(within) == is_right

@@ -53,9 +53,11 @@ def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
         "out": _bound(out, textbook_out, q.dtype),
         "lse": Bound(lse, 0.0, LSE_TOLERANCE * largest_lse),
     }
-    for name, x in {"dq": q, "dk": k, "dv": v}.items():
+    # dq and dk are such sums times the scale.
+    scale = max(1.0, abs(reference._scale(options.get("scale"), q)))
+    for (name, x), size in zip({"dq": q, "dk": k, "dv": v}.items(), (scale, scale, 1), strict=True):
         exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
-        bounds[name] = _bound(exact, rounded, x.dtype)
+        bounds[name] = _bound(exact, rounded, x.dtype, size)
     summed = {name: options.get(name) for name in ("bias", "sinks")}
     if any(x is not None for x in summed.values()):
         doubles = Arrays(*(None if x is None else x.astype(np.float64) for x in arrays))
@@ -71,14 +73,20 @@ def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
 def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradients]:
     """The reference's formulas, each matrix between two products rounded to the inputs' dtype.
 
+    Products of float32 are summed in float32, one by one; all others in float64.
     dbias and dsinks are their terms: of each score and, (B, 1, Sq, Hq), of each row.
     """
-
-    def rounded(x: np.ndarray) -> np.ndarray:
-        return x.astype(dtype).astype(np.float64)
-
     q, k, v, dout, dlse = arrays
     dtype, group = q.dtype, group_of(q, k)
+    sums = np.float32 if dtype == np.float32 else np.float64
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return x.astype(dtype).astype(sums)
+
+    def sum_over_rows(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+        by_head = _matmul(weights.swapaxes(2, 3), x)
+        return rounded(reference._sum_groups(by_head, group)).swapaxes(1, 2)
+
     given = options.get
     bias, sinks = given("bias"), given("sinks")
     visible = visibility(q, k, *map(given, VISIBILITY))
@@ -87,37 +95,51 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
     scale = reference._scale(given("scale"), q)
     q, dout = (reference._heads_first(x, given("q_lens")) for x in (q, dout))
     k, v = (reference._heads_first(x, given("kv_lens"), group) for x in (k, v))
+    q, k, v, dout, added = (np.asarray(x).astype(sums) for x in (q, k, v, dout, added))
     scores, slope = reference._scores(
-        q, k, scale, given("softcap"), given("score_mod"), added, differentiate=True
+        *(q, k, scale, given("softcap"), given("score_mod"), added),
+        differentiate=True,
+        matmul=_matmul,
     )
     sink_scores = reference._sink_scores(sinks, q, given("q_lens"))
     probs, _, sink_probs = reference._softmax(rounded(scores), visible, sink_scores)
     probs = rounded(probs)
     kept = reference._kept(probs.shape, given("dropout", 0.0), given("seed"))
-    out = rounded(kept * probs @ v)
+    out = rounded(_matmul(kept * probs, v))
 
-    dprobs = kept * np.where(visible, rounded(dout @ v.swapaxes(2, 3)), 0)
+    dprobs = kept * np.where(visible, rounded(_matmul(dout, v.swapaxes(2, 3))), 0)
     means = (dout * out).sum(axis=3, keepdims=True)
     if dlse is not None:
         means = means - np.asarray(dlse, np.float64)[..., None]
     dscores = np.where(visible, probs * (dprobs - means), 0)
     dproducts = rounded(np.where(visible, scale * slope * dscores, 0))
     gradients = Gradients(
-        dq=rounded(dproducts @ k).swapaxes(1, 2),
-        dk=rounded(reference._sum_groups(dproducts.swapaxes(2, 3) @ q, group)).swapaxes(1, 2),
-        dv=rounded(reference._sum_groups((kept * probs).swapaxes(2, 3) @ dout, group)).swapaxes(
-            1, 2
-        ),
+        dq=rounded(_matmul(dproducts, k)).swapaxes(1, 2),
+        dk=sum_over_rows(dproducts, q),
+        dv=sum_over_rows(kept * probs, dout),
         dbias=None if bias is None else rounded(dscores),
         dsinks=None if sinks is None else reference._dsinks(sink_probs, means),
     )
     return out.swapaxes(1, 2), gradients
 
 
-def _bound(exact: np.ndarray, textbook: np.ndarray, dtype: np.dtype) -> Bound:
+def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of float32 as a loop sums it: how well BLAS does depends on the shapes."""
+    if a.dtype != np.float32:
+        return a @ b
+    sums = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    for i in range(a.shape[-1]):
+        sums += a[..., i, None] * b[..., i, None, :]
+    return sums
+
+
+def _bound(
+    exact: np.ndarray, textbook: np.ndarray, dtype: np.dtype, size: float = 1.0
+) -> Bound:
+    """`size`: by which sums of products of standard normal numbers are multiplied."""
     roundoff = float(ml_dtypes.finfo(dtype).eps) / 2
     worst = np.abs(textbook - exact).max(initial=0.0)
-    return Bound(exact, roundoff, 2 * float(worst) + FLOAT32_RESIDUE)
+    return Bound(exact, roundoff, 2 * float(worst) + size * FLOAT32_RESIDUE)
 
 
 def _bound_of_sums(exact: np.ndarray, errors: np.ndarray, dtype: np.dtype) -> Bound:
