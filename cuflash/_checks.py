@@ -384,7 +384,8 @@ class Check(NamedTuple):
         """Where each sequence starts and the last one ends: (B + 1,) integers."""
         if not is_array(array) or array.dtype.kind not in "iu":
             found = array.dtype if is_array(array) else type(array).__name__
-            self.fail(TypeError, f"{name} is {found}; expected an array of integers")
+            hint = _remedies.ORDER.get(self.function, "") if is_array(array) else ""
+            self.fail(TypeError, f"{name} is {found}; expected an array of integers{hint}")
         if len(array.shape) != 1 or not array.shape[0]:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected (sequences + 1,)")
         if isinstance(array, np.ndarray) or self.reads_device:

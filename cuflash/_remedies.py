@@ -21,6 +21,11 @@ OF_RESULTS: dict[str, View] = {
     ".swapaxes(-3, -2)": lambda x: x.swapaxes(-3, -2),
     ".swapaxes(-2, -1)": lambda x: x.swapaxes(-2, -1),
 }
+ORDER = {  # of a function whose arguments are easily confused
+    "attention_varlen_backward": (
+        "; the order is dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse"
+    ),
+}
 OF_AXES = {
     (3, 4): "; x[None] is a batch of one, and attention_varlen takes packed sequences",
     (4, 3): "; attention takes batches",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from cuflash import _capture, _dlpack, _torch_memory
+from cuflash import _capture, _dlpack, _remedies, _torch_memory
 from cuflash._checks import BFLOAT16, Array, Check, is_array
 from cuflash._torch_faults import fault_of, hides_something
 
@@ -427,6 +427,8 @@ def _locate(function: str, name: str, x: Foreign) -> tuple[Framework, str]:
     if isinstance(framework, str):
         if name == "mask":
             framework = "expected a boolean array, or a mask such as cuflash.masks.causal()"
+        elif name in ("out", "lse") and isinstance(x, (list, tuple)):
+            framework += _remedies.ORDER.get(function, "")
         found = "None" if x is None else f"a {_class_name(type(x))}"
         raise TypeError(f"cuflash.{function}: {name} is {found}; {framework}")
     try:

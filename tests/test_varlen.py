@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import tracemalloc
 from typing import Any
@@ -540,6 +541,24 @@ def test_bad_results_in_backward() -> None:
     expected = "expected (4, 80), as lse.swapaxes(-2, -1) has"
     with bad(ValueError, f"lse has shape (80, 4); {expected}", "attention_varlen_backward"):
         cuflash.attention_varlen_backward(x.dout, x.q, x.k, x.v, *x.cu_seqlens, out, lse.T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found", "expected"),
+    [
+        (np.asarray, "cu_seqlens_q is float64", "an array of integers"),
+        (list, "out is a list", "an array of NumPy, CuPy, torch, JAX, or anything with __dlpack__"),
+    ],
+)
+def test_results_before_edges_name_the_order(kind: Any, found: str, expected: str) -> None:
+    """As `attention_backward` has them, and packed libraries."""
+    x = Packed(LENGTHS["equal"])
+    out, lse = cuflash.attention_varlen(x.q, x.k, x.v, *x.cu_seqlens, return_lse=True)
+    parameters = inspect.signature(cuflash.attention_varlen_backward).parameters.values()
+    order = ", ".join(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+    message = f"{found}; expected {expected}; the order is {order}"
+    with bad(TypeError, message, "attention_varlen_backward"):
+        cuflash.attention_varlen_backward(x.dout, x.q, x.k, x.v, out, lse, *map(kind, x.cu_seqlens))
 
 
 def test_out_overlaps_no_input() -> None:
