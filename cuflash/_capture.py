@@ -19,15 +19,25 @@ def is_captured(cupy: ModuleType) -> bool:
 
 
 def check_pool(function: str, cupy: ModuleType) -> None:
-    """Fail where memory would come from the pool that all share. Torch's has one for each graph."""
-    pool = getattr(cupy.cuda.get_allocator(), "__self__", None)
-    if pool is cupy.get_default_memory_pool():
-        raise RuntimeError(
-            f"cuflash.{function}: a CUDA graph is being captured, and memory comes from CuPy's "
-            "default pool, which hands it out again while replays use it; expected a pool of the "
-            "graph's own: pool = cupy.cuda.MemoryPool(), kept as long as the graph, and the "
-            "capture within cupy.cuda.using_allocator(pool.malloc)"
-        )
+    """Fail where CuPy's memory would not stay the graph's. Torch has a pool for each graph.
+
+    Whose memory a function of the caller's own gives can't be seen.
+    """
+    source = getattr(cupy.cuda.get_allocator(), "__self__", None)
+    if source is cupy.get_default_memory_pool():
+        shared = "CuPy's default pool, which hands it out again"
+    elif isinstance(source, cupy.cuda.MemoryAsyncPool):
+        shared = "a pool of CUDA's, cupy.cuda.MemoryAsyncPool, which takes it back"
+    elif isinstance(source, ModuleType):  # CuPy's functions: _malloc, malloc_managed, malloc_async
+        shared = "CUDA without a pool of CuPy's, which frees it"
+    else:
+        return
+    raise RuntimeError(
+        f"cuflash.{function}: a CUDA graph is being captured, and memory comes from {shared} "
+        "while replays use it; expected a pool of the graph's own: pool = "
+        "cupy.cuda.MemoryPool(), kept as long as the graph, and the capture within "
+        "cupy.cuda.using_allocator(pool.malloc)"
+    )
 
 
 def refuse_to_wait(function: str, kind: str) -> None:

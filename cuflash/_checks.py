@@ -195,13 +195,19 @@ class Check(NamedTuple):
                 f"expected a multiple of {itemsize} bytes, an element",
             )
 
+    def on_gpu(self, name: str, array: Array) -> None:
+        """Likewise, of an array that may also be on the host, from where it is copied."""
+        if self.device == "cuda" and not isinstance(array, np.ndarray):
+            self.elements({name: array})
+
     def elements(self, arrays: dict[str, Array | None]) -> None:
         """Strides and addresses where a kernel reads elements."""
         for name, array in arrays.items():
             # An itemsize is a power of 2: of the steps, or of their bits, none may have lower ones.
-            if array is not None and reduce(or_, array.strides, address(array)) % array.itemsize:
+            itemsize = 1 if array is None else array.dtype.itemsize
+            if array is not None and reduce(or_, array.strides, address(array)) % itemsize:
                 self.strides(name, array)
-                self.address(name, array, array.itemsize)
+                self.address(name, array, itemsize)
 
     def indices(self, q: tuple[int, ...], k: tuple[int, ...]) -> None:
         batch, seqlen_q, heads_q, _ = q
@@ -268,6 +274,8 @@ class Check(NamedTuple):
             self.like("dlse", dlse, forward.lse_shape, forward.lse_dtype)
         if stats is not None:
             self.like("stats", stats, (2, *forward.lse_shape), forward.lse_dtype)
+        if self.device == "cuda":
+            self.elements({"lse": lse, "dlse": dlse, "stats": stats})
 
     def out(
         self,
@@ -388,6 +396,7 @@ class Check(NamedTuple):
             self.fail(TypeError, f"{name} is {found}; expected an array of integers{hint}")
         if len(array.shape) != 1 or not array.shape[0]:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected (sequences + 1,)")
+        self.on_gpu(name, array)
         if isinstance(array, np.ndarray) or self.reads_device:
             self.never_decreasing(name, array, tokens)
         return array.astype(np.int64, copy=False) if isinstance(array, np.ndarray) else array
@@ -438,6 +447,7 @@ class Check(NamedTuple):
                 ValueError,
                 f"{name} has shape {array.shape}; expected ({batch},), one per batch entry{hint}",
             )
+        self.on_gpu(name, array)
         self.values_within(name, array, low, high)
         return array.astype(np.int64, copy=False) if isinstance(array, np.ndarray) else array
 
@@ -466,6 +476,7 @@ class Check(NamedTuple):
             self.fail(TypeError, f"{name} is {array.dtype}; expected integers")
         if array.shape != shape:
             self.fail(ValueError, f"{name} has shape {array.shape}; expected {shape}")
+        self.on_gpu(name, array)
         if array.dtype == np.uint64:  # read as int64
             self.values_within(name, array, 0, 2**63 - 1)
 
@@ -483,6 +494,7 @@ class Check(NamedTuple):
                 f"{name} has shape {shape}; expected ({batch}, {heads} or 1, {seqlen_k}, 1 or 2), "
                 "(batch, k heads or 1, Sk, intervals)",
             )
+        self.on_gpu(name, array)
         self.values_within(name, array, 0, seqlen_q)
 
     def same_shape(self, name: str, start: Array, end: Array) -> None:
@@ -558,6 +570,7 @@ class Check(NamedTuple):
             self.fail(
                 ValueError, f"{name} has shape {array.shape}; expected {expected}, per query head"
             )
+        self.on_gpu(name, array)
 
     def dropout(self, dropout: Any) -> float:
         rate = self.number("dropout", dropout)

@@ -6,8 +6,8 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, lru_cache
-from typing import ClassVar
 
 import cupy
 import numpy as np
@@ -23,11 +23,12 @@ _UINT16, _NO_INTERLEAVE, _L2_128_BYTES, _ZEROS_OUTSIDE = 1, 0, 2, 0
 _SWIZZLES = {64: 2, 128: 3}
 _MAX_BLOCKS = 2**31 - 1  # of a grid's first axis
 
+# Of the dry run that this thread is in, or None.
+noted: ContextVar[list[_traits.Kernel] | None] = ContextVar("noted", default=None)
+
 
 class Gpu:
     """A CUDA device, on CuPy's current stream."""
-
-    noted: ClassVar[list[_traits.Kernel] | None] = None  # within a dry run
 
     def __init__(self, device_id: int) -> None:
         properties = runtime.getDeviceProperties(device_id)
@@ -62,8 +63,9 @@ class Gpu:
 
     def run(self, kernel: _traits.Kernel, blocks: int, params: bytes) -> None:
         """Launch on the current stream. The driver copies the parameters before it returns."""
-        if self.noted is not None:
-            self.noted.append(kernel)
+        kernels = noted.get()
+        if kernels is not None:
+            kernels.append(kernel)
             return
         if blocks > _MAX_BLOCKS:
             raise NotImplementedError(
@@ -91,15 +93,16 @@ class Gpu:
 
 @contextmanager
 def dry_run() -> Iterator[list[_traits.Kernel]]:
-    """Launches within, on any GPU, are noted and not done: what they would have written is not.
+    """This thread's launches, on any GPU, are noted and not done: what they would write is not.
 
     That goes for the tables of a compiled mask too, which is not to be used afterwards.
     """
-    Gpu.noted = kernels = []
+    kernels: list[_traits.Kernel] = []
+    outer = noted.set(kernels)
     try:
         yield kernels
     finally:
-        Gpu.noted = None
+        noted.reset(outer)
 
 
 @cache

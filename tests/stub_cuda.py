@@ -152,8 +152,10 @@ class StubCuda:
         before = self.thread.device
         if number != before:
             self.set_device(number)
-        yield SimpleNamespace(use=lambda: self.set_device(number))
-        self.set_device(before)
+        try:
+            yield SimpleNamespace(use=lambda: self.set_device(number))
+        finally:
+            self.set_device(before)
 
     def set_device(self, number: int) -> None:
         self.thread.device = self.thread.context = number

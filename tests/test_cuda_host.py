@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -334,3 +335,186 @@ def test_who_waits_for_results_captures_none(cuda: StubCuda) -> None:
     message = "a CUDA graph is being captured, and a call on a .*Vendors waits for its results"
     with cuda.stream().capture(), pytest.raises(NotImplementedError, match=message):
         cuflash.attention(Vendors(), Vendors(), Vendors())
+
+
+# ------------------------------------------------------------------------------ calls that fail
+
+
+def shifted(shape: tuple[int, ...], dtype: Any) -> Any:
+    """A CuPy array whose elements lie across the borders of elements."""
+    return unreal_gpu.array(shape, dtype, address=(1 << 40) + 1)
+
+
+ROWS = (2, 2, SQ)
+MISPLACED: dict[str, dict[str, Any]] = {
+    "kv_lens": {"kv_lens": ((2,), np.int32)},
+    "q_lens": {"q_lens": ((2,), np.int64)},
+    "offset": {"offset": ((2,), np.int32)},
+    "alibi_slopes": {"alibi_slopes": ((2,), np.float32)},
+    "sinks": {"sinks": ((2,), np.float64)},
+    "bias": {"bias": ((SQ, SQ), np.float16)},
+    "lse": {"lse": (ROWS, np.float32)},
+    "dlse": {"dlse": (ROWS, np.float32)},
+    "stats": {"stats": ((2, *ROWS), np.float32)},
+    "dout": {"dout": (SHAPE, np.float16)},
+}
+
+
+@pytest.mark.parametrize(("name", "given"), [(n, x[n]) for n, x in MISPLACED.items()])
+def test_a_gpu_reads_whole_elements_alone(cuda: StubCuda, name: str, given: Any) -> None:
+    """Others are an error of the hardware, after which no call of the process works."""
+    out, lse, stats = cuflash.attention(*tensors(), return_stats=True)
+    results = {"dout": out, "out": out, "lse": lse, "stats": stats, name: shifted(*given)}
+    q, k, v = tensors()
+    with pytest.raises(ValueError, match=f": {name} has its first element at 0x.*1; expected a"):
+        cuflash.attention_backward(q=q, k=k, v=v, **results)
+
+
+def test_a_gpu_reads_whole_elements_of_edges_and_masks_alone(cuda: StubCuda) -> None:
+    q, k, v = tensors(shape=SHAPE[1:])
+    with pytest.raises(ValueError, match="cu_seqlens_k has its first element at 0x"):
+        cuflash.attention_varlen(q, k, v, lengths(3), shifted((3,), np.int32))
+    shape = (2, 1, SQ, 1)
+    for name, mask in {
+        "q_ids": masks.documents(shifted((2, SQ), np.int32)),
+        "kv_ids": masks.documents(lengths(2, SQ), shifted((2, SQ), np.int64)),
+        "n": masks.prefix(shifted((2,), np.int32)),
+        "offset": masks.window(3, 0, shifted((2,), np.int32)),
+        "end": masks.intervals(lengths(*shape), shifted(shape, np.int32)),
+    }.items():
+        with pytest.raises(ValueError, match=rf"mask leaf 0 \(\w+\) {name} has its first element"):
+            cuflash.attention(*tensors(), mask=mask)
+
+
+class Fails(Exception):
+    """What a stub raises in the middle of a call."""
+
+
+def fails_after(count: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which raises from its call number `count` on."""
+    calls = iter(range(count))
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if next(calls, None) is None:
+            raise Fails
+        return function(*arguments, **options)
+
+    return call
+
+
+def surroundings(cuda: StubCuda) -> tuple[Any, ...]:
+    """What a call changes while it runs."""
+    return (cuda.thread.device, *cuda.thread.streams, cupy.cuda.get_allocator(), {**cuda.captures})
+
+
+@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("place", ["malloc", "launch"])
+@pytest.mark.parametrize("library", ["cupy", "torch"])
+def test_a_call_that_fails_leaves_nothing_behind(
+    cuda: StubCuda, library: str, place: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory, or of whatever a launch needs; the next call launches what it always does."""
+    q, k, v = tensors() if library == "cupy" else torch_tensors()
+    mask = masks.documents(lengths(2, SQ)) if library == "cupy" else masks.causal()
+    with stub_cuda.torch_installed(cuda) if library == "torch" else nullcontext():
+        mask, cuda.launched = mask.compile(q, k), []
+        both([q, k, v], mask=mask)
+        expected, cuda.launched = len(cuda.launched), []
+        both([q, k, v], mask=mask)
+        again, cuda.launched = len(cuda.launched), []
+        mask.tables.clear()
+        before = surroundings(cuda)
+        with monkeypatch.context() as patch:
+            if place == "launch":
+                patch.setattr(_gpu.driver, "launchKernel", fails_after(count, cuda.launch))
+            elif library == "cupy":
+                patch.setattr(cuda, "malloc", fails_after(count, cuda.malloc))
+                cuda.pool._free.clear()
+            else:
+                torch = pytest.importorskip("torch")
+                patch.setattr(torch, "empty", fails_after(count, torch.empty))
+            with pytest.raises(Fails):
+                both([q, k, v], mask=mask)
+        assert surroundings(cuda) == before
+        mask.tables.clear()
+        cuda.launched = []
+        both([q, k, v], mask=mask)
+        assert len(cuda.launched) == expected
+        both([q, k, v], mask=mask)
+        assert len(cuda.launched) == expected + again
+
+
+def test_a_stream_that_a_failed_call_leaves_behind_is_noticed(
+    cuda: StubCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def forgetful(self: Any, place: str) -> Iterator[None]:
+        cuda.stream().__enter__()
+        yield
+        cuda.thread.streams.pop()
+
+    before = surroundings(cuda)
+    monkeypatch.setattr(interop._CuPy, "context", forgetful)
+    cuda.set_device(0)
+    both()
+    assert surroundings(cuda) == before
+    monkeypatch.setattr(_gpu.driver, "launchKernel", fails_after(0, cuda.launch))
+    with pytest.raises(Fails):
+        both()
+    assert surroundings(cuda) != before
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_a_captured_call_that_fails_leaves_nothing_behind(
+    cuda: StubCuda, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, stream, pool = tensors(), cuda.stream(), stub_cuda.Pool(cuda)
+    mask = masks.documents(lengths(2, SQ)).compile(*arrays[:2])
+    with cupy.cuda.using_allocator(pool.malloc), stream.capture():
+        before, known = surroundings(cuda), kept()
+        with monkeypatch.context() as patch:
+            patch.setattr(_gpu.driver, "launchKernel", fails_after(count, cuda.launch))
+            with pytest.raises(Fails):
+                both(mask=mask)
+        assert surroundings(cuda) == before and kept() == known
+        assert not mask.tables and not mask.read_by_graphs
+        both(mask=mask)
+
+
+def test_a_dry_run_is_of_its_thread_alone(cuda: StubCuda) -> None:
+    both()
+    launched, cuda.launched = len(cuda.launched), []
+    with _gpu.dry_run() as noted:
+        assert in_a_new_thread(both) is None
+        assert len(cuda.launched) == launched and not noted
+        with pytest.raises(Fails), _gpu.dry_run() as inner:
+            both()
+            raise Fails
+        assert len(inner) == launched and not noted
+        both()
+        assert len(noted) == launched
+    assert len(cuda.launched) == launched
+    both()
+    assert len(cuda.launched) == 2 * launched
+
+
+NO_POOLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "none": (lambda: None, "CUDA without a pool of CuPy's, which frees it"),
+    "managed": (lambda: cupy.cuda.malloc_managed, "CUDA without a pool of CuPy's, which frees it"),
+    "async": (lambda: cupy.cuda.malloc_async, "CUDA without a pool of CuPy's, which frees it"),
+    "async pool": (
+        lambda: cupy.cuda.MemoryAsyncPool.__new__(cupy.cuda.MemoryAsyncPool, []).malloc,
+        "a pool of CUDA's, cupy.cuda.MemoryAsyncPool, which takes it back",
+    ),
+}
+
+
+@pytest.mark.parametrize(("allocator", "found"), NO_POOLS.values(), ids=NO_POOLS)
+def test_memory_of_no_pool_is_not_captured(
+    cuda: StubCuda, allocator: Callable[[], Any], found: str
+) -> None:
+    message = f"a CUDA graph is being captured, and memory comes from {found} while replays use it"
+    with cupy.cuda.using_allocator(allocator()), cuda.stream().capture() as graph:  # noqa: SIM117
+        with pytest.raises(RuntimeError, match=f"^cuflash.attention: {message}; expected a pool"):
+            cuflash.attention(*tensors())
+    assert not graph.launches
