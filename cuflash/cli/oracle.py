@@ -133,9 +133,7 @@ def _matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return sums
 
 
-def _bound(
-    exact: np.ndarray, textbook: np.ndarray, dtype: np.dtype, size: float = 1.0
-) -> Bound:
+def _bound(exact: np.ndarray, textbook: np.ndarray, dtype: np.dtype, size: float = 1.0) -> Bound:
     """`size`: by which sums of products of standard normal numbers are multiplied."""
     roundoff = float(ml_dtypes.finfo(dtype).eps) / 2
     worst = np.abs(textbook - exact).max(initial=0.0)
