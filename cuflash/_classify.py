@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _params, _plan_small, _program, _traits
+from cuflash import _mask_tree, _params, _plan_small, _program, _traits
 from cuflash._gpu import Gpu
 from cuflash._mask_tree import Compiled, Dense, Mask
 from cuflash._params import Tables, TileLists
@@ -15,7 +15,6 @@ from cuflash._problem import Array, Problem
 
 WORD_KEYS = 32
 WARP = 32
-_MAX_TABLES = 256  # of a compiled mask, as a decoder's growing lengths ask for
 
 
 def tables(
@@ -128,7 +127,7 @@ def _kept(problem: Problem, what: Any, on: Gpu, find: Callable[[], Any]) -> Any:
             return find()
         problem.mask.read_by_graphs[id(found)] = found
     elif found is None:
-        if len(tables) >= _MAX_TABLES:
+        if len(tables) >= _mask_tree.MAX_TABLES:
             tables.clear()
         found = tables[key] = find()
     return found

@@ -54,9 +54,13 @@ class BlockMask:
             return cls(mask, grid, classify(mask, grid))
         key = ("cpu", shape, block, problem.window, problem.offset)
         tables = problem.mask.tables
-        if key not in tables:
-            tables[key] = classify(mask, grid)
-        return cls(mask, grid, tables[key])
+        states = tables.get(key)
+        if states is None:
+            states = classify(mask, grid)
+            if len(tables) >= tree.MAX_TABLES:
+                tables.clear()
+            tables[key] = states
+        return cls(mask, grid, states)
 
     @property
     def shares_heads(self) -> bool:

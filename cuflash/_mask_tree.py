@@ -19,6 +19,8 @@ from cuflash._sizes import Sizes
 from cuflash.interop import receive
 from cuflash.score_mod import evaluate
 
+MAX_TABLES = 256  # of a compiled mask, as a decoder's growing lengths ask for
+
 
 class ScoresShape(NamedTuple):
     """Of the scores that a mask is for."""

@@ -51,8 +51,11 @@ def for_each(
             left.clear()  # an interrupt here ends the others too
             for helper in helpers:
                 helper.join()
-    if errors:
-        raise errors[0]
+    try:
+        if errors:
+            raise errors[0]
+    finally:
+        errors.clear()  # whose frames hold it, and with it the arrays of the call
 
 
 def _start(helpers: list[threading.Thread], work: Callable[[], None], count: int) -> None:

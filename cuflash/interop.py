@@ -103,7 +103,7 @@ class Call(NamedTuple):
         return None if array is None else self.framework.give(array, self.like)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _is_structure(argument_class: type) -> bool:
     return issubclass(argument_class, Structure)
 

@@ -19,7 +19,7 @@ import stub_cuda  # noqa: E402
 from stub_cuda import StubCuda  # noqa: E402
 
 import cuflash  # noqa: E402
-from cuflash import _capture, _classify, _gpu, _jit, _launch, interop, masks  # noqa: E402
+from cuflash import _capture, _gpu, _jit, _launch, _mask_tree, interop, masks  # noqa: E402
 
 SHAPE = (2, 300, 2, 64)
 SQ = SHAPE[1]
@@ -177,7 +177,7 @@ def test_a_capture_leaves_what_is_kept_as_it_is(
 ) -> None:
     """Neither stores nor drops, although all is full."""
     monkeypatch.setattr(_launch, "_MAX_KEPT", 1)
-    monkeypatch.setattr(_classify, "_MAX_TABLES", 1)
+    monkeypatch.setattr(_mask_tree, "MAX_TABLES", 1)
     arrays, stream, pool = tensors(), cuda.stream(), stub_cuda.Pool(cuda)
     mask = masks.documents(lengths(2, SQ)).compile(*arrays[:2])
     with stream:
