@@ -48,6 +48,7 @@ _PLACES, _PLACE_BYTES = 0x7FFF0000, 16  # coordinates are signed: well below 2^3
 _CHUNK_BYTES = 16  # in which TMA stores
 _WARPGROUP_ROWS = 64
 _LOG2_E = math.log2(math.e)
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 class TensorMap(NamedTuple):
@@ -518,7 +519,7 @@ def _problem(problem: Problem, tables: Tables) -> bytes:
         problem.head_dim_v,
         scale,
         scale_log2,
-        scale / softcap if softcap else 0.0,
+        _within_float32(scale / softcap) if softcap else 0.0,
         softcap,
         0 if slopes is None else address(slopes),
         0 if slopes is None or slopes.ndim == 1 else slopes.shape[1],
@@ -551,6 +552,11 @@ def _division(divisor: int) -> tuple[int, int]:
         return 0, 0
     shift = (divisor - 1).bit_length()
     return -(-(1 << (31 + shift)) // divisor), shift - 1
+
+
+def _within_float32(factor: float) -> float:
+    """As infinity it would make NaN of products that are 0."""
+    return max(-_MAX_FLOAT32, min(_MAX_FLOAT32, factor))
 
 
 def _bounded(value: int) -> int:

@@ -33,6 +33,7 @@ constexpr int kWarps = WARPS;
 constexpr int kThreads = kWarps * kWarpSize;
 // That one instruction of the main kernel adds to dq_acc: 1 or, on Hopper, 4.
 constexpr int kSumFloats = SUM_FLOATS;
+static_assert(kSumFloats == 1 || kSumFloats == 4, "a float or the four of an accumulator");
 #ifdef PARAMS_BYTES
 static_assert(sizeof(BackwardParams) == PARAMS_BYTES, "BackwardParams differs from the packed one");
 #endif
@@ -43,6 +44,7 @@ struct WarpGrid {
   static constexpr int kWarpsN = kWarps / kWarpsM;
   static constexpr int kM = kRows / kWarpsM / 16;
   static constexpr int kN = kCols / kWarpsN / 8;
+  static_assert(kWarpsN * kWarpsM == kWarps, "every warp has a part");
   static_assert(kM * kWarpsM * 16 == kRows, "rows must be a multiple of 16 per warp");
   static_assert(kN * kWarpsN * 8 == kCols && kN % 2 == 0, "columns: a multiple of 16 per warp");
   typedef float Acc[kM][kN][4];

@@ -7,6 +7,8 @@
 #include "backward.cuh"
 #include "softmax.cuh"
 
+static_assert((kThreads & (kThreads - 1)) == 0, "halves of the threads add up to all of them");
+
 struct SinkGradientParams {
   Problem problem;
   const float* row_max;  // (B, Hq, Sq)

@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* kWarpSize)
     int low = 0, high = p.sequences;  // first_tile[low] <= index < first_tile[high], if any
 #pragma unroll 1
     while (high - low > 1) {
-      const int middle = (low + high) / 2;
+      const int middle = low + (high - low) / 2;
       if (p.first_tile[middle] <= index)
         low = middle;
       else

@@ -43,7 +43,7 @@ struct RowPlace {
       : row(first_row), place(batch), wrap(0) {
     if (!kPacked && !p.q_lens && !p.kv_lens) return;
     row += kWrap - length;
-    place = (length * x.seq_stride + batch * x.batch_stride) / 8;
+    place = (int)((length * x.seq_stride + batch * x.batch_stride) / 8);  // tma_obstacle: it fits
     wrap = kWrap;
   }
 };

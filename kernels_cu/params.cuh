@@ -75,7 +75,7 @@ struct Problem {
   int head_dim_v;
   float scale;       // multiplies q kᵀ
   float scale_log2;  // scale log2(e)
-  float softcap_in;  // scale / softcap
+  float softcap_in;  // scale / softcap, finite
   float softcap;
   const float* alibi_slopes;  // (Hq,) or (B, Hq)
   i64 alibi_batch_stride;

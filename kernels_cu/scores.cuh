@@ -71,23 +71,27 @@ struct Scores {
         s = with_terms(s, own.at(m, n, e), derivative);
       });
     } else if constexpr (kSoftcap)
-      for_each(s_acc, [&](float& s, int, int, int) { s = tanh(s * softcap_in); });
+      for_each(s_acc, [&](float& s, int, int, int) { s = capped(s); });
     else if constexpr (kScaleFirst)
       for_each(s_acc, [&](float& s, int, int, int) { s *= scale; });
   }
 
+  // Of q kᵀ, what the softcap is multiplied by. Roundings are spelt out here too.
+  DEVICE float capped(float product) const { return tanh(__fmul_rn(product, softcap_in)); }
   // Accurate relative to its value: 1 - 2 / (1 + e^2x) cancels near 0, where a series takes over.
   static DEVICE float tanh(float x) {
-    const float square = x * x;
-    const float series =
-        x + x * square *
-                (-1.f / 3 + square * (2.f / 15 + square * (-17.f / 315 + square * 62.f / 2835)));
-    const float quotient = 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(2.f * kLog2e * x));
+    const float square = __fmul_rn(x, x);
+    float series = fmaf(square, 62.f / 2835, -17.f / 315);
+    series = fmaf(square, series, 2.f / 15);
+    series = fmaf(square, series, -1.f / 3);
+    series = fmaf(__fmul_rn(x, square), series, x);
+    const float power = exp2_approx(__fmul_rn(2.f * kLog2e, x));
+    const float quotient = fmaf(-2.f, reciprocal_approx(__fadd_rn(1.f, power)), 1.f);
     return square < 1.f / 16 ? series : quotient;
   }
 
   // d score / d (scale q kᵀ), from a transformed score without terms.
-  DEVICE float derivative(float s) const { return kSoftcap ? 1.f - s * s : 1.f; }
+  DEVICE float derivative(float s) const { return kSoftcap ? fmaf(-s, s, 1.f) : 1.f; }
 
   // The score of a pair, from q kᵀ, and d score / d (scale q kᵀ). Roundings are spelt out, so that
   // a backward kernel finds the bits of the forward's.
@@ -95,9 +99,9 @@ struct Scores {
     float score = __fmul_rn(product, scale);
     derivative = 1.f;
     if (kSoftcap) {
-      const float capped = tanh(product * softcap_in);
-      score = __fmul_rn(capped, softcap);
-      derivative = 1.f - capped * capped;
+      const float transformed = capped(product);
+      score = __fmul_rn(transformed, softcap);
+      derivative = fmaf(-transformed, transformed, 1.f);
     }
     if (kHasScoreMod) {
       derivative *= score_mod_derivative(problem, score, at);

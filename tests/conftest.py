@@ -36,9 +36,15 @@ def rng() -> np.random.Generator:
 def _forget_launches() -> Iterator[None]:
     """What is kept of launches names its GPU: an emulated one would live on, with its memory."""
     yield
+    forget_launches()
+
+
+def forget_launches() -> None:
+    """Also the plans of layouts, which a test may have made other ones than the next one wants."""
     launch = sys.modules.get("cuflash._launch")
-    for kept in ("_forward_launches", "_backward_launches"):
-        getattr(launch, kept, {}).clear()
+    for way in ("forward", "backward"):
+        for kept in ("choices", "launches"):
+            getattr(launch, f"_{way}_{kept}", {}).clear()
 
 
 BACKENDS = ("cpu", "emulated-80", "emulated-90", pytest.param("gpu", marks=pytest.mark.gpu))

@@ -55,6 +55,18 @@ def test_equal_products_of_any_scale_share_the_probability(
     np.testing.assert_array_equal(results[2].dq, 0)
 
 
+@pytest.mark.parametrize("scale, softcap", [(1e30, 1e-30), (-1e9, 1e-30), (1e-30, 1e30)])
+def test_a_softcap_beyond_any_ratio_to_the_scale(
+    backend: backends.Backend, scale: float, softcap: float
+) -> None:
+    """Their quotient is infinite in float32, where products of 0 have to stay scores of 0."""
+    q, k, v = four_keys(BFLOAT16)
+    options = {"scale": scale, "softcap": softcap}
+    results = backend.both(np.ones_like(v[:, :1]), q, k + BFLOAT16.type(1), v, **options)
+    assert_each_key_has_a_quarter(results)
+    np.testing.assert_array_equal(results[1], np.float32(np.log(4)))
+
+
 def test_large_biases_that_differ_are_different(backend: backends.Backend) -> None:
     q, k, _ = four_keys(np.float16)
     v = np.array([1, 9], np.float16).reshape(1, 2, 1, 1)
