@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import forget_launches
 from test_hopper_forward import heads_first_copy, shifted
 
 import cuflash
@@ -211,3 +212,14 @@ def test_a_backward_is_kept_by_all_that_it_reads_and_writes() -> None:
 )
 def test_a_launch_that_reads_more_is_not_kept(read: dict[str, Any]) -> None:
     assert not problem(**read).reads_no_more
+
+
+def test_no_test_finds_what_another_has_left() -> None:
+    kept = [getattr(_launch, x) for x in vars(_launch) if x.endswith(("_choices", "_launches"))]
+    kept = [x for x in kept if isinstance(x, dict)]
+    assert len(kept) == 4
+    for x in kept:
+        assert not x
+        x["key"] = "of another test"
+    forget_launches()
+    assert not any(kept)
