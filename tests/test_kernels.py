@@ -217,6 +217,20 @@ def test_instructions_of_the_main_kernels() -> None:
             assert counts.get(unwanted, 0) == 0, f"{kernel.entry} uses local memory"
 
 
+def calls(flags: str) -> int:
+    """In the forward kernel: each division of numbers that may be of any size is one."""
+    kernel = _plan.forward_plan(traits(32, 32, flags), 80).kernel
+    return instructions(_jit.cached_cubin(kernel).image).get("CALL", 0)
+
+
+def test_a_softcap_divides_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = calls("plain")
+    assert calls("softcap") == plain
+    divided = ("fmaf(square, 62.f / 2835, -17.f / 315)", "square * 62.f / 2835 - 17.f / 315")
+    put_in("scores.cuh", *divided, tmp_path, monkeypatch)
+    assert calls("softcap") > plain + 9
+
+
 def test_each_source_compiles_with_its_own_defaults() -> None:
     for source in sorted(_jit.kernel_dir().glob("*.cu")):
         entry = re.sub(r"(_wide)?_sm\d+$", "", source.stem)
