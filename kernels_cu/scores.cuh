@@ -76,17 +76,19 @@ struct Scores {
       for_each(s_acc, [&](float& s, int, int, int) { s *= scale; });
   }
 
-  // Of q kᵀ, what the softcap is multiplied by. Roundings are spelt out here too.
+  // Of q kᵀ, what the softcap is multiplied by. Here too roundings are spelt out; fused, products
+  // and sums would make kernels with a mask and every term spill more.
   DEVICE float capped(float product) const { return tanh(__fmul_rn(product, softcap_in)); }
   // Accurate relative to its value: 1 - 2 / (1 + e^2x) cancels near 0, where a series takes over.
   static DEVICE float tanh(float x) {
-    const float power = exp2_approx(__fmul_rn(2.f * kLog2e, x));
-    const float quotient = fmaf(-2.f, reciprocal_approx(__fadd_rn(1.f, power)), 1.f);
     const float square = __fmul_rn(x, x);
-    float series = fmaf(square, 62.f / 2835, -17.f / 315);
-    series = fmaf(square, series, 2.f / 15);
-    series = fmaf(square, series, -1.f / 3);
-    series = fmaf(__fmul_rn(square, series), x, x);
+    float series = __fadd_rn(__fmul_rn(square, 62.f / 2835), -17.f / 315);
+    series = __fadd_rn(__fmul_rn(square, series), 2.f / 15);
+    series = __fadd_rn(__fmul_rn(square, series), -1.f / 3);
+    series = __fadd_rn(__fmul_rn(__fmul_rn(x, square), series), x);
+    const float power = exp2_approx(__fmul_rn(2.f * kLog2e, x));
+    const float reciprocal = reciprocal_approx(__fadd_rn(1.f, power));
+    const float quotient = __fadd_rn(1.f, __fmul_rn(-2.f, reciprocal));
     return square < 1.f / 16 ? series : quotient;
   }
 

@@ -159,7 +159,7 @@ extern "C" __global__ void tanh_of(float* x) {
   *x = Scores::tanh(*x);
 }
 """
-CONTRACTED = ("fmaf(__fmul_rn(square, series), x, x)", "x + x * square * series")
+CONTRACTED = ("__fadd_rn(__fmul_rn(__fmul_rn(x, square), series), x)", "x + x * square * series")
 
 
 @pytest.mark.parametrize("contracted", [False, True])
