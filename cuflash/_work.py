@@ -412,13 +412,10 @@ class Item(NamedTuple):
             or heads * band.rows * band.keys < LEAST_SCORES_BOUNDED
         ):
             return False
-        sizes = [abs(problem.scale)]
-        for x, length in ((work.q, band.rows), (work.k, band.keys)):
-            some = x[self.batch, self.heads, :, :length, : problem.head_dim]
-            some = np.square(some, dtype=work.dtype)
-            # By a product, which is faster than a sum of short rows.
-            sizes.append(math.sqrt((some @ np.ones(some.shape[-1], work.dtype)).max()))
-        bound = math.prod(sizes)
+        bound, rows = abs(problem.scale), slice(0, band.rows)
+        for x, some in ((work.q, rows), (work.k, band.keys_of(rows))):
+            some = x[self.batch, self.heads, :, some, : problem.head_dim]
+            bound *= math.sqrt(_largest_square(some, work.dtype))
         if problem.softcap:
             bound = min(bound, problem.softcap)
         return bound <= small_scores(work.dtype)
@@ -493,6 +490,17 @@ class Item(NamedTuple):
                 limit_of(hidden, self.work.dtype, not self.work.by_row) if hidden.any() else None
             )
             yield Run(some, limit)
+
+
+def _largest_square(x: np.ndarray, dtype: np.dtype) -> float:
+    """The largest sum of squares of the rows of (heads, group, rows, size), NaN if one is."""
+    heads, group, rows, size = x.shape
+    ones, some = np.ones(size, dtype), TILE[0] * TILE[1] // (heads * group * size) or 1
+    # By products, which are faster than sums of short rows; of parts, which take little memory.
+    if rows <= some:
+        return (np.square(x, dtype=dtype) @ ones).max(initial=0)
+    parts = (x[:, :, first : first + some] for first in range(0, rows, some))
+    return np.max([(np.square(part, dtype=dtype) @ ones).max() for part in parts])
 
 
 def split_rows(items: list[Item], count: int) -> list[list[list[slice]]]:

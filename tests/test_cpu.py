@@ -312,6 +312,19 @@ def test_more_keys_than_memory(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(lse, np.log(2**20 + 1), rtol=1e-5)
 
 
+def test_scores_are_bounded_without_a_copy_of_the_keys(rng: np.random.Generator) -> None:
+    """Of 2^28 and 2^25 bytes in float32; in a window those that are seen count alone."""
+    q = rng.standard_normal((1, 32, 1, 64)).astype(np.float32)
+    row = rng.standard_normal(64).astype(np.float32)
+    for keys, window in ((2**20, (1000, None)), (2**17, None)):
+        k = np.broadcast_to(row, (1, keys, 1, 64))
+        tracemalloc.start()
+        cuflash.attention(q, k, k, window=window)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2**24
+
+
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_results_are_laid_out_as_the_inputs(rng: np.random.Generator, heads_first: bool) -> None:
     x = tensors(rng)
