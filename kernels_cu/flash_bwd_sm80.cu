@@ -74,6 +74,13 @@ typedef WarpGrid<kBlockQ, kBlockKV, SCORE_WARPS> ScoreGrid;  // s, dp
 typedef WarpGrid<kBlockKV, kHeadDim, KEY_WARPS> KeyGrid;     // dk
 typedef WarpGrid<kBlockKV, kHeadDimV, KEY_WARPS> ValueGrid;  // dv
 
+// Of a thread, at a time: dk and dv, beside them s and dp or dq.
+constexpr int kAccumulators =
+    (kBlockKV * (kHeadDim + kHeadDimV) + kBlockQ * larger(2 * kBlockKV, kHeadDim)) / kThreads;
+// Whether what rules and terms read for a batch entry, a head and a key tile would spill if it were
+// kept throughout the loop (NVRTC 13.5). Read anew, it costs a few instructions a query tile.
+constexpr bool kFewRegisters = (kHasTree || kHasTerms) && kAccumulators > (kHasTerms ? 112 : 128);
+
 // One float per row of a query tile.
 DEVICE void load_stats(u32 target, const float* source) {
   const int i = threadIdx.x * 4;
@@ -185,11 +192,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   const Work work = backward_work(p.problem, take_work(p, smem));
   if (!work.exists()) return;
-  const Mask mask(p.problem, work.batch);
+  Mask mask(p.problem, work.batch);
   const Scores scores(p.problem);
-  const int first_key = work.tile * kBlockKV;
+  int first_key = work.tile * kBlockKV;
   const Dropout dropout(p.problem);
-  const int head_q = work.head * p.problem.group;
+  int head_q = work.head * p.problem.group;
   QueryTiles tiles(mask, work.head, work.tile, kBlockQ, kBlockKV);
   u32* turns = p.turns + 1;
 
@@ -215,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
         dout_stage(stage),
         [&](int row) { return mask.rows.pointer(dout, p.dout, first_row + row); }, valid_rows,
         p.problem.head_dim_v);
-    const i64 stats = workspace_tile(p.problem, work.batch, work.head, tile) * kBlockQ;
+    const i64 stats = workspace_tile(p.problem, mask.batch, work.head, tile) * kBlockQ;
     load_stats(q_stage(stage).base + kLseOffset, p.row_stats + kRowStats * stats);
     load_stats(q_stage(stage).base + kDeltaOffset, p.delta + stats);
     cp_async_commit();
@@ -237,8 +244,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int stage = 0;
 #pragma unroll 1
   for (; tiles.valid(); tiles.advance()) {
+    if (kFewRegisters) {
+      mask.batch = opaque(mask.batch);
+      head_q = opaque(head_q);
+      first_key = opaque(first_key);
+    }
     const int first_row = tiles.current * kBlockQ;
-    const i64 workspace = workspace_tile(p.problem, work.batch, work.head, tiles.current);
+    const i64 workspace = workspace_tile(p.problem, mask.batch, work.head, tiles.current);
     const bool partly_visible = tiles.partly_visible();
     const QTile q_smem = q_stage(stage);
     const DoutTile dout_smem = dout_stage(stage);
@@ -310,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   cp_async_wait<0>();
   __syncthreads();  // every warp has finished with k, v and dq
   if (!tiles.empty())
-    end_turn(turns + workspace_tile(p.problem, work.batch, work.head, tiles.final()));
+    end_turn(turns + workspace_tile(p.problem, mask.batch, work.head, tiles.final()));
   to_smem<KeyGrid>(k_smem, dk, p.problem.scale);
   to_smem<ValueGrid>(v_smem, dv, kept_scale(p.problem));
   __syncthreads();

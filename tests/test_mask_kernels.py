@@ -344,7 +344,7 @@ def test_non_finite_reaches_only_what_sees_it(
 
 @pytest.mark.full
 @pytest.mark.parametrize("where", NON_FINITE.values(), ids=NON_FINITE)
-@pytest.mark.parametrize("head_dims", [(40, 136), (128, 64), (192, 128)], ids=str)
+@pytest.mark.parametrize("head_dims", [(40, 136), (128, 64), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_non_finite_at_other_head_sizes(
     capability: int, head_dims: tuple[int, int], where: tuple[str, tuple[int, ...], float]
