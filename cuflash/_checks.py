@@ -203,9 +203,11 @@ class Check(NamedTuple):
     def elements(self, arrays: dict[str, Array | None]) -> None:
         """Strides and addresses where a kernel reads elements."""
         for name, array in arrays.items():
+            if array is None:
+                continue
+            itemsize = array.dtype.itemsize
             # An itemsize is a power of 2: of the steps, or of their bits, none may have lower ones.
-            itemsize = 1 if array is None else array.dtype.itemsize
-            if array is not None and reduce(or_, array.strides, address(array)) % itemsize:
+            if reduce(or_, array.strides, address(array)) % itemsize:
                 self.strides(name, array)
                 self.address(name, array, itemsize)
 

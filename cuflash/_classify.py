@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cuflash import _mask_tree, _params, _plan_small, _program, _traits
+from cuflash import _params, _plan_small, _program, _traits
 from cuflash._gpu import Gpu
 from cuflash._mask_tree import Compiled, Dense, Mask
 from cuflash._params import Tables, TileLists
@@ -120,16 +120,9 @@ def _kept(problem: Problem, what: Any, on: Gpu, find: Callable[[], Any]) -> Any:
         return find()
     shape = (*problem.lse_shape, problem.seqlen_k, problem.heads_k)
     key = (what, shape, problem.window, problem.offset, on.stream)
-    tables = problem.mask.tables
-    found = tables.get(key)
-    if on.is_captured:
-        if found is None:
-            return find()
+    found = problem.mask.kept(key, find, keeps=not on.is_captured)
+    if on.is_captured and key in problem.mask.tables:
         problem.mask.read_by_graphs[id(found)] = found
-    elif found is None:
-        if len(tables) >= _mask_tree.MAX_TABLES:
-            tables.clear()
-        found = tables[key] = find()
     return found
 
 

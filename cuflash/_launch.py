@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from cuflash import _classify, _params, _plan, _plan_sm90, _traits
 from cuflash._convert import as_contiguous
 from cuflash._gpu import Gpu, gpu
+from cuflash._kept import kept
 from cuflash._packed_tiles import fill_rest, packing_tables
 from cuflash._params import RowDeltas, Workspace
 from cuflash._problem import Array, GradientProblem, Gradients, Packing, Problem, Result
@@ -23,7 +23,6 @@ _DEVICE_DTYPES = {
     **dict.fromkeys(("alibi_slopes", "sinks"), _FLOAT32),
 }
 _ROW_STATS = 3  # of backward.cuh
-Found = TypeVar("Found")
 _MAX_KEPT = 4096
 _forward_choices: dict[tuple, _Choice] = {}
 _forward_launches: dict[tuple, _Launch] = {}
@@ -67,7 +66,7 @@ def _known_launch(problem: Problem, result: Result, on: Gpu) -> _Launch:
         return _forward_launch(problem, result, choice, on)
 
     key = (on, *_params.places(problem, result))
-    return _kept(_forward_launches, key, find, keeps=not on.is_captured)
+    return kept(_forward_launches, key, find, _MAX_KEPT, keeps=not on.is_captured)
 
 
 def _forward_launch(
@@ -129,21 +128,7 @@ def _forward_choice(problem: Problem, out: Array, device: _traits.Device) -> _Ch
 
     dense_tiles = _plan_sm90.dense_tiles_pay(problem)
     layout = (device, *_params.layout(problem, out, extras), dense_tiles)
-    return _kept(_forward_choices, layout, find)
-
-
-def _kept(
-    kept: dict[tuple, Found], key: tuple, find: Callable[[], Found], keeps: bool = True
-) -> Found:
-    """What was found for this key before, or is now; only if it `keeps` does that change `kept`."""
-    found = kept.get(key)
-    if found is None:
-        found = find()
-        if keeps:
-            if len(kept) >= _MAX_KEPT:
-                kept.clear()
-            kept[key] = found
-    return found
+    return kept(_forward_choices, layout, find, _MAX_KEPT)
 
 
 def forward_traits(problem: Problem, out: Array) -> _traits.Traits:
@@ -249,7 +234,7 @@ def _backward_choice(
         return traits, _plan.backward_plan(traits, device.capability, gradient.deterministic)
 
     layout = (device, *_params.gradient_layout(gradient, grads, extras))
-    return _kept(_backward_choices, layout, find)
+    return kept(_backward_choices, layout, find, _MAX_KEPT)
 
 
 def _known_launches(
@@ -265,7 +250,7 @@ def _known_launches(
     def find() -> tuple[_Launch, ...]:
         return _launches(gradient, grads, workspace, plan, on)
 
-    return _kept(_backward_launches, key, find, keeps=not on.is_captured)
+    return kept(_backward_launches, key, find, _MAX_KEPT, keeps=not on.is_captured)
 
 
 def _launches(

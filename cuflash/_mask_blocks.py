@@ -53,14 +53,7 @@ class BlockMask:
         if not isinstance(problem.mask, tree.Compiled) or any(map(_is_array, per_batch)):
             return cls(mask, grid, classify(mask, grid))
         key = ("cpu", shape, block, problem.window, problem.offset)
-        tables = problem.mask.tables
-        states = tables.get(key)
-        if states is None:
-            states = classify(mask, grid)
-            if len(tables) >= tree.MAX_TABLES:
-                tables.clear()
-            tables[key] = states
-        return cls(mask, grid, states)
+        return cls(mask, grid, problem.mask.kept(key, lambda: classify(mask, grid)))
 
     @property
     def shares_heads(self) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 from cuflash._capture import refuse_to_compile
 from cuflash._checks import Array, Check, check_layouts
+from cuflash._kept import Found, kept
 from cuflash._sizes import Sizes
 from cuflash.interop import receive
 from cuflash.score_mod import evaluate
@@ -392,6 +393,10 @@ class Compiled(Mask):
 
     def leaves(self) -> list[Leaf]:
         return self.inner.leaves()
+
+    def kept(self, key: Any, find: Callable[[], Found], keeps: bool = True) -> Found:
+        """A table from those of this mask, as of `kept`."""
+        return kept(self.tables, key, find, MAX_TABLES, keeps)
 
     def _with_arrays(self, arrays: Mapping[str, Any], counter: Any) -> Mask:
         inner = self.inner._with_arrays(arrays, counter)

@@ -37,10 +37,10 @@ def backward_plan(traits: Traits, deterministic: bool) -> BackwardPlan:
 
 def forward_tiles(traits: Traits) -> ForwardTiles:
     """The first of the preferred ones that fit."""
-    ping_pong = padded(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG
-    extras, preferred = traits.extras, (_FORWARD_SOFTCAPPED if traits.softcap else _FORWARD)
     if traits.dense_tiles:
         return DENSE_TILES
+    ping_pong = padded(traits.head_dim_v) <= _MAX_HEAD_DIM_OF_PING_PONG
+    extras, preferred = traits.extras, (_FORWARD_SOFTCAPPED if traits.softcap else _FORWARD)
     if extras.bias_bytes or extras.program.has_score_mod:
         preferred = _FORWARD_PER_SCORE
     elif extras.by_pair:

@@ -181,10 +181,10 @@ def _gpu_tiles(capability: int, cell: Cell, inputs: Inputs) -> dict[str, Tile]:
     arrays = (inputs.q, inputs.k, inputs.v)
     options = {"causal": cell.causal, "mask": mask, "bias": inputs.bias}
     problem = Problem.create("bench", "cuda", *arrays, **options)
-    traits = _traits.Traits.of(problem, _traits.TMA_BYTES, tma=True)
-    of_forward = dataclasses.replace(traits, dense_tiles=_plan_sm90.dense_tiles_pay(problem))
+    dense_tiles = _plan_sm90.dense_tiles_pay(problem)  # of the forward; a backward has one kind
+    traits = _traits.Traits.of(problem, _traits.TMA_BYTES, True, dense_tiles)
     plans = {
-        "forward": _plan.forward_plan(of_forward, capability),
+        "forward": _plan.forward_plan(traits, capability),
         "backward": _plan.backward_plan(traits, capability, deterministic=True),
     }
     return {n: Tile(plan.tiling.block_q, plan.tiling.block_kv) for n, plan in plans.items()}

@@ -55,7 +55,7 @@ def expect(arrays: Arrays, options: dict[str, Any]) -> dict[str, Bound]:
     }
     # dq and dk are such sums times the scale.
     scale = max(1.0, abs(reference._scale(options.get("scale"), q)))
-    for (name, x), size in zip({"dq": q, "dk": k, "dv": v}.items(), (scale, scale, 1), strict=True):
+    for name, x, size in (("dq", q, scale), ("dk", k, scale), ("dv", v, 1.0)):
         exact, rounded = getattr(gradients, name), getattr(textbook_gradients, name)
         bounds[name] = _bound(exact, rounded, x.dtype, size)
     summed = {name: options.get(name) for name in ("bias", "sinks")}
@@ -96,10 +96,9 @@ def textbook(arrays: Arrays, options: dict[str, Any]) -> tuple[np.ndarray, Gradi
     q, dout = (reference._heads_first(x, given("q_lens")) for x in (q, dout))
     k, v = (reference._heads_first(x, given("kv_lens"), group) for x in (k, v))
     q, k, v, dout, added = (np.asarray(x).astype(sums) for x in (q, k, v, dout, added))
+    softcap, score_mod = given("softcap"), given("score_mod")
     scores, slope = reference._scores(
-        *(q, k, scale, given("softcap"), given("score_mod"), added),
-        differentiate=True,
-        matmul=_matmul,
+        q, k, scale, softcap, score_mod, added, differentiate=True, matmul=_matmul
     )
     sink_scores = reference._sink_scores(sinks, q, given("q_lens"))
     probs, _, sink_probs = reference._softmax(rounded(scores), visible, sink_scores)
